@@ -1,0 +1,26 @@
+"""Reproducible research on forecasting crypto prices. Importing it loads nothing else; each name loads its module when it is first used."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+
+def lazy(package: str, modules: dict[str, tuple[str, ...]]) -> tuple:
+    """Returns the `__getattr__`, `__dir__` and `__all__` of `package`, which loads a module when one of its names is first used."""
+    home = {name: module for module, names in modules.items() for name in names}
+    public = sorted({*modules, *home})
+
+    def load(name: str):
+        if name in home:
+            return getattr(import_module(f"{package}.{home[name]}"), name)
+        if name in modules:
+            return import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(public)}")
+
+    return load, lambda: public, public
+
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {"core": (), "data": (), "models": (), "evaluation": (), "workflow": (), "main": ()},
+)

@@ -1,0 +1,5 @@
+"""Whether a forecast is worth anything."""
+
+from kallos import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, {"verdict": ()})
