@@ -1,4 +1,4 @@
-"""Reproducible research on forecasting crypto prices. Importing it loads nothing else; each name loads its module when it is first used."""
+"""Reproducible research on forecasting crypto prices; a module is loaded when one of its names is first used."""
 
 from importlib import import_module
 
@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def lazy(package: str, modules: dict[str, tuple[str, ...]]) -> tuple:
-    """Returns the `__getattr__`, `__dir__` and `__all__` of `package`, which loads a module when one of its names is first used."""
+    """Returns the `__getattr__`, `__dir__` and `__all__` of a folder whose modules load when first used (PEP 562)."""
     home = {name: module for module, names in modules.items() for name in names}
     public = sorted({*modules, *home})
 
@@ -22,5 +22,11 @@ def lazy(package: str, modules: dict[str, tuple[str, ...]]) -> tuple:
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
-    {"core": (), "data": (), "models": (), "evaluation": (), "workflow": (), "main": ()},
+    {
+        "core": (),
+        "data": (),
+        "models": (),
+        "evaluation": (),
+        "workflow": (),
+    },
 )

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import house
 import nbformat
 import pytest
 from nbformat import v4
 
+import house
 from tools.sync import stale
 
 CHECKS = (
@@ -57,6 +57,9 @@ ROOT_INIT = '''__version__ = "0.1.0"
 def lazy(package, modules):
     """The names of a folder."""
     return None, None, sorted(modules)
+
+
+__getattr__, __dir__, __all__ = lazy(__name__, {"core": (), "data": ()})
 '''
 FLOOR_INIT = "from kallos import lazy\n\n__getattr__, __dir__, __all__ = lazy(__name__, {'MODULE': ('halve',)})\n"
 SETTINGS = """[DEFAULT]

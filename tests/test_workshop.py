@@ -1,5 +1,6 @@
 """The workshop works: a wheel holds what it must, constraints pin everything, and make says what is wrong."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,15 +9,17 @@ import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
-import house
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import house
+
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """What make said and left with, in a folder that holds a copy of the Makefile."""
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import pandera.pandas as pa
 
 from .errors import DataError
 
-# %% ../../nbs/core/01_schemas.ipynb #585e5ab3
-_MINUTES = {"1m": 1, "3m": 3, "5m": 5, "15m": 15, "30m": 30, "1h": 60, "2h": 120, "4h": 240, "6h": 360, "8h": 480, "12h": 720, "1d": 1440, "1w": 10080}
-TIMEFRAMES = {name: pd.Timedelta(minutes=minutes) for name, minutes in _MINUTES.items()}
+# %% ../../nbs/core/01_schemas.ipynb #1f560bff
+_MINUTES = {"m": 1, "h": 60, "d": 1440, "w": 10080}
+_NAMES = ["1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "1w"]
+TIMEFRAMES = {name: pd.Timedelta(minutes=int(name[:-1]) * _MINUTES[name[-1]]) for name in _NAMES}
 
 
 def timeframe_delta(
@@ -44,7 +45,11 @@ BAR_COLUMNS = [*PRICE_COLUMNS, "volume", *OPTIONAL_BAR_COLUMNS]
 
 # %% ../../nbs/core/01_schemas.ipynb #d3f17a73
 def _price(name: str) -> pa.Column:
-    return pa.Column("float64", pa.Check.in_range(0, float("inf"), include_min=False, include_max=False), title=f"{name}, in the quote asset")
+    return pa.Column(
+        "float64",
+        pa.Check.in_range(0, float("inf"), include_min=False, include_max=False),
+        title=f"{name}, in the quote asset",
+    )
 
 
 def _amount(title: str, required: bool = False) -> pa.Column:
@@ -53,8 +58,12 @@ def _amount(title: str, required: bool = False) -> pa.Column:
 
 
 def _time(title: str, rising: bool = True) -> pa.Column:
-    checks = pa.Check(lambda ts: ts.is_monotonic_increasing and ts.is_unique, error="rising, each once") if rising else None
-    return pa.Column(checks=[pa.Check(_is_utc, error="UTC, timezone-aware"), *([checks] if checks else [])], title=title)
+    checks = (
+        pa.Check(lambda ts: ts.is_monotonic_increasing and ts.is_unique, error="rising, each once") if rising else None
+    )
+    return pa.Column(
+        checks=[pa.Check(_is_utc, error="UTC, timezone-aware"), *([checks] if checks else [])], title=title
+    )
 
 
 def _is_utc(ts: pd.Series) -> bool:
@@ -95,15 +104,15 @@ FEATURES = pa.DataFrameSchema(
 FORECAST_KEYS = ["asset_id", "timeframe", "model", "fold", "horizon", "target"]
 
 
-def _number(title: str, required: bool = True) -> pa.Column:
-    return pa.Column("float64", pa.Check(_is_finite, error="finite"), required=required, nullable=not required, title=title)
-
-
 def _is_finite(values: pd.Series) -> pd.Series:
-    """True where a value is neither NaN nor infinite."""
     return values.abs() < float("inf")
 
 
+def _number(title: str, required: bool = True) -> pa.Column:
+    check = pa.Check(_is_finite, error="finite")
+    return pa.Column("float64", check, required=required, nullable=not required, title=title)
+
+# %% ../../nbs/core/01_schemas.ipynb #bebcd5ca
 FORECASTS = pa.DataFrameSchema(
     {
         "ts": _time("when the forecast was made: the close of the last bar it saw", rising=False),
@@ -120,7 +129,7 @@ FORECASTS = pa.DataFrameSchema(
     name="forecasts",
 )
 
-# %% ../../nbs/core/01_schemas.ipynb #d3e3a627
+# %% ../../nbs/core/01_schemas.ipynb #20a03e3b
 def check_table(
     table: pd.DataFrame,  # rows of any of the tables above
     schema: pa.DataFrameSchema,  # the schema to hold it against
@@ -138,8 +147,12 @@ def check_table(
         ) from None
     return table
 
-
-_RULES = {"column_in_schema": "no column of this table", "column_in_dataframe": "missing column", "not_nullable": "empty (NaN)"}
+# %% ../../nbs/core/01_schemas.ipynb #d9cfab29
+_RULES = {
+    "column_in_schema": "no column of this table",
+    "column_in_dataframe": "missing column",
+    "not_nullable": "empty (NaN)",
+}
 
 
 def _describe(cases: pd.DataFrame) -> str:

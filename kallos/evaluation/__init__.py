@@ -2,4 +2,4 @@
 
 from kallos import lazy
 
-__getattr__, __dir__, __all__ = lazy(__name__, {"verdict": ()})
+__getattr__, __dir__, __all__ = lazy(__name__, {})

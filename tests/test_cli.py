@@ -1,0 +1,353 @@
+"""The command line as a person meets it: help, wrong input, data in, what tune and train are given, interruption."""
+
+import inspect
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import optuna
+import pytest
+import yaml
+
+import kallos
+from kallos import main as command_line
+from kallos import options
+from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
+from kallos.data.sources import sample_bars
+from kallos.data.store import connect, list_assets, write_bars
+from kallos.workflow import reports
+
+COMMANDS = ("sample", "ingest", "features", "tune", "train", "dashboard")
+HEAVY = {"torch", "darts", "numpy", "pandas", "pandera", "optuna", "sqlalchemy", "papermill", "plotly"}
+SECRET = "pa55word"
+GIVEN = {"asset_id": "BTC", "end_date": "2023-01-01"}
+BTC = ("--asset-id", "BTC", "--timeframe", "1d")
+RUN = ("--asset-id", "BTC", "--end-date", "2023-01-01")
+PLAIN = "open_time,open,high,low,close,volume\n2023-01-01,1,2,1,2,5\n2023-01-02,2,3,1,1,6\n"
+
+
+def kallos_run(*words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A command line, run where and how a person would."""
+    code = "import sys; sys.argv[0] = 'kallos-run'; from kallos.main import main; main()"
+    inherited = {name: value for name, value in os.environ.items() if name != "KALLOS_DB_URL"}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=inherited | environment)
+
+
+# Help
+
+
+@pytest.mark.parametrize("words", [(), *((command,) for command in COMMANDS)])
+def test_help_answers_at_once(words, tmp_path):
+    code = f"""import sys
+from kallos.main import main
+sys.argv[1:] = {[*words, "--help"]!r}
+try:
+    main()
+except SystemExit as left:
+    print(left.code, *{{name.split('.')[0] for name in sys.modules}}, file=sys.stderr)"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    status, *modules = run.stderr.split()
+    assert status == "0", run.stderr
+    assert HEAVY & {*modules} == set()
+    expected = COMMANDS if not words else ("Example: kallos-run " + words[0],)
+    assert all(text in " ".join(run.stdout.split()) for text in expected)
+
+
+def test_the_imports_of_the_command_line_take_less_than_half_a_second(tmp_path):
+    run = [sys.executable, "-X", "importtime", "-c", "import kallos.main"]
+    lines = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=True).stderr.splitlines()
+    took = {line.split("|")[2].strip(): int(line.split("|")[1]) for line in lines[1:]}
+    assert took["kallos.main"] < 500_000  # microseconds
+    assert took["kallos"] < 50_000
+
+
+def test_the_top_says_what_the_exit_codes_mean(tmp_path):
+    said = " ".join(kallos_run(cwd=tmp_path).stdout.split())
+    for code, meaning in {
+        0: "done",
+        1: "a crash",
+        2: "wrong use or input",
+        3: "interrupted",
+        4: "a step failed",
+    }.items():
+        assert f"{code} {meaning}" in said
+    assert kallos_run("--version", cwd=tmp_path).stdout == f"kallos {kallos.__version__}\n"
+
+
+# Defaults: said in three places, true in one
+
+
+def shown_default(name: str) -> object:
+    return options.OPTIONS[name].__metadata__[0].show_default
+
+
+def test_the_options_show_the_defaults_of_the_settings():
+    for settings in (TuneSettings, TrainSettings):
+        for name, field in settings.model_fields.items():
+            if isinstance(field.default, str | int) and not isinstance(field.default, bool):
+                assert shown_default(name) == str(field.default), name
+
+
+@pytest.mark.parametrize(("function", "names"), [(sample_bars, "start end seed signal"), (write_bars, "venue market")])
+def test_the_options_show_the_defaults_of_the_functions(function, names):
+    for name in names.split():
+        assert shown_default(name) == str(inspect.signature(function).parameters[name].default), name
+
+
+@pytest.mark.parametrize(("settings", "extra"), [(TuneSettings, {}), (TrainSettings, {"params_file": "best.json"})])
+def test_the_settings_file_holds_the_defaults(root, settings, extra):
+    section = {TuneSettings: "tune", TrainSettings: "train"}[settings]
+    read = settings_from_yaml(settings, root / "config" / "train.yaml", section=section, overrides=GIVEN | extra)
+    assert read == settings.from_values(GIVEN | extra)
+
+
+def test_the_settings_file_names_every_setting_and_no_other(root):
+    text = (root / "config" / "train.yaml").read_text(encoding="utf8")
+    named = {*re.findall(r"^ *(?:# )?(\w+):(?: |$)", text, re.M)} - {"tune", "train"}
+    groups = {name for name in named if name.endswith("_features")}
+    assert named - groups == {*TuneSettings.model_fields, *TrainSettings.model_fields}
+    table = yaml.safe_load(text)
+    assert {*table["feature_groups"]} == groups
+
+
+# Wrong input
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory) -> Path:
+    """A folder whose data/kallos.db holds BTC with features, and ETH without."""
+    folder = tmp_path_factory.mktemp("market")
+    for asset in ("BTC", "ETH"):
+        assert kallos_run("sample", "--asset-id", asset, "--timeframe", "1d", cwd=folder).returncode == 0
+    assert kallos_run("features", *BTC, cwd=folder).returncode == 0
+    (folder / "wrong.yaml").write_text("tune:\n  n_trails: 5\n")
+    (folder / "wrong.json").write_text("[1, 2")
+    (folder / "wrong.csv").write_text(PLAIN.replace("2,3,1,1,6", "2,3,1,4,6"))
+    return folder
+
+
+WRONG = {
+    "no such command": (("tuen",), "No such command 'tuen'"),
+    "no such option": (("tune", "--n-trails", "3"), "No such option: --n-trails"),
+    "a value is missing": (("ingest", "--timeframe", "1d"), "Missing option '--asset-id'"),
+    "no number": (("tune", *RUN, "--n-trials", "many"), "Invalid value for '--n-trials'"),
+    "nothing required": (("tune",), "asset_id is required; end_date is required"),
+    "unknown asset": (("tune", "--asset-id", "DOGE", "--end-date", "2023-01-01"), "BTC 1d"),
+    "unknown timeframe": (("tune", *RUN, "--timeframe", "7m"), "unknown timeframe"),
+    "another timeframe": (("tune", *RUN, "--timeframe", "4h"), "no features of 'BTC' in '4h'"),
+    "bad name": (("tune", "--asset-id", "../BTC", "--end-date", "2023-01-01"), "asset_id: may hold letters"),
+    "no features": (("tune", "--asset-id", "ETH", "--end-date", "2023-01-01"), "no features of 'ETH'"),
+    "wrong date": (("tune", "--asset-id", "BTC", "--end-date", "soon"), "end_date: must be a date"),
+    "before the data": (("tune", "--asset-id", "BTC", "--end-date", "2011-01-01"), "in that range"),
+    "unknown model": (("tune", *RUN, "--model-name", "grue"), "unknown model; got 'grue'"),
+    "unknown target": (("tune", *RUN, "--target-col", "open"), "target_col: "),
+    "no horizon": (("tune", *RUN, "--horizon", "0"), "horizon: "),
+    "no trials": (("tune", *RUN, "--n-trials", "0"), "n_trials: "),
+    "no groups": (("tune", *RUN, "--feature-groups", "{"), "not valid JSON"),
+    "unknown group": (("tune", *RUN, "--feature-groups", '{"big": ["rsi"]}'), "unknown setting 'big'"),
+    "no groups file": (("tune", *RUN, "--feature-groups", "none.yaml"), "cannot read none.yaml"),
+    "unknown key": (("tune", *RUN, "--config", "wrong.yaml"), "wrong.yaml: unknown setting 'n_trails'"),
+    "no settings file": (("tune", *RUN, "--config", "none.yaml"), "cannot read none.yaml"),
+    "unknown database": (("tune", *RUN, "--db-url", f"mysql://me:{SECRET}@host/name"), "unknown kind of database"),
+    "no database": (("tune", *RUN, "--db-url", "sqlite:///none.db"), "there is no such database"),
+    "no URL": (("features", *BTC, "--db-url", f"me:{SECRET}@host"), "no URL of a database"),
+    "no files": (("ingest", *BTC), "no files of bars"),
+    "missing file": (("ingest", "none.csv", *BTC), "none.csv"),
+    "unknown kind of file": (("ingest", "wrong.json", *BTC), "unknown kind of file"),
+    "wrong bars": (("ingest", "wrong.csv", *BTC), "high is the highest price"),
+    "another venue": (("ingest", "good.csv", *BTC, "--venue", "kraken"), "is another instrument in the database"),
+    "no bars": (("features", "--asset-id", "DOGE", "--timeframe", "1d"), "no bars of 'DOGE' in '1d'"),
+    "impossible signal": (("sample", *BTC, "--signal", "1"), "signal must lie between -1 and 1"),
+    "empty range": (("sample", *BTC, "--start", "2025-01-02", "--end", "2025-01-01"), "no whole bar"),
+    "wrong start": (("sample", *BTC, "--start", "soon"), "soon"),
+    "no studies": (("dashboard",), "no optuna.db in this folder"),
+    "no schema": (("dashboard", "--optuna-schema", "studies"), "no such schema in the database; got 'studies'"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_message_and_exit_code_2(words, market):
+    typed, message = words
+    (market / "good.csv").write_text(PLAIN)
+    run = kallos_run(*typed, cwd=market)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("kallos-run: ") and run.stderr.count("\n") == 1, run.stderr
+    assert message in run.stderr
+    assert run.stdout == "" and SECRET not in run.stderr
+
+
+def test_an_unreachable_database_is_named_without_its_password(market):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"postgresql://me:{SECRET}@127.0.0.1:{taken.getsockname()[1]}/crypto"
+        runs = [
+            kallos_run("tune", *RUN, "--db-url", url, cwd=market),
+            kallos_run("tune", *RUN, cwd=market, KALLOS_DB_URL=url),
+        ]
+    for run in runs:
+        assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+        assert "me:***@127.0.0.1" in run.stderr and SECRET not in run.stderr + run.stdout
+
+
+# Data in
+
+
+def test_data_goes_in_once_however_often_it_is_written(db_url, tmp_path):
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    (tmp_path / "data" / "raw" / "BTC.csv").write_text(PLAIN)
+    runs = [kallos_run("ingest", *BTC, "--venue", "here", cwd=tmp_path, KALLOS_DB_URL=db_url) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
+    assert "2 bars, 2023-01-01 00:00 to 2023-01-02 00:00; 2 new, 0 changed, 0 known" in runs[0].stdout
+    assert "0 new, 0 changed, 2 known" in runs[1].stdout
+    replaced = kallos_run("sample", *BTC, "--end", "2018-12-31", "--replace", "--db-url", db_url, cwd=tmp_path)
+    assert "365 new, 0 changed, 0 known" in replaced.stdout, replaced.stderr
+    features = kallos_run("features", *BTC, "--db-url", db_url, cwd=tmp_path)
+    assert features.returncode == 0 and "rsi" in features.stdout, features.stderr
+    engine = connect(db_url)
+    stored = list_assets(engine).iloc[0]
+    engine.dispose()
+    assert (stored["venue"], stored["bars"]) == ("sample", 365) and stored["features"] > 200
+
+
+def test_one_wrong_file_among_many_changes_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text(PLAIN)
+    (tmp_path / "b.csv").write_text("nonsense\n")
+    run = kallos_run("ingest", "a.csv", "b.csv", *BTC, cwd=tmp_path)
+    assert run.returncode == 2 and "b.csv" in run.stderr
+    assert not (tmp_path / "data").exists()
+
+
+# What tune and train are given, and what they tell
+
+
+METRICS = {"score": 0.9, "rmse": 0.03, "rmse_naive": 0.029, "rmse_price": 900.0, "rmse_price_naive": 880.0}
+BEST = {"study_name": "demo", "n_trials": 3, "trial": 1, "metrics": METRICS | {"skill": -0.013, "folds": 3}}
+
+
+@pytest.fixture
+def in_process(market, tmp_path, monkeypatch, capsys):
+    """A function that runs a command line in this process, with the notebook replaced by what it writes."""
+    runs = []
+
+    def run_notebook(kind, settings, *, output, db_url=None):
+        runs.append((kind, settings, output, db_url))
+        best = output.with_name(f"{settings.model_name}_{settings.asset_id}_best_params.json")
+        output.parent.mkdir(exist_ok=True, parents=True)
+        best.write_text(json.dumps(BEST))
+        output.touch()
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["kallos-run", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            command_line.main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out + said.err
+
+    run.runs = runs
+    monkeypatch.setattr(reports, "run_notebook", run_notebook)
+    monkeypatch.setenv("KALLOS_DB_URL", f"sqlite:///{market}/data/kallos.db")
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def test_only_what_was_typed_differs_from_the_defaults(in_process):
+    code, said = in_process("tune", *RUN, "--seed", "0", "--patience", "7")
+    assert code == 0, said
+    [(kind, settings, output, db_url)] = in_process.runs
+    assert (kind, output, db_url) == ("tune", Path("gru_BTC_tune.ipynb"), None)
+    assert settings == TuneSettings.from_values(GIVEN | {"output_path": ".", "patience": 7})
+
+
+def test_a_typed_option_wins_over_the_settings_file(in_process, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "asset_id: BTC\nend_date: 2023-01-01\noutput_path: here\ntune: {folds: 3, embargo: 4}\n"
+    )
+    code, said = in_process("tune", "--config", "mine.yaml", "--folds", 2)
+    assert code == 0, said
+    settings = in_process.runs[0][1]
+    assert (settings.folds, settings.embargo, settings.output_path) == (2, 4, Path("here"))
+
+
+def test_tune_tells_its_result_in_words_and_the_next_command_whole(in_process):
+    code, said = in_process("tune", *RUN, "--output-path", "my models", "--end-date", "2023-01-01T06:00")
+    assert code == 0, said
+    assert "demo: 3 finished trials; the best is number 1" in said
+    assert "skill against the naive forecast: -1.3 % (worse than naive)" in said
+    assert "  my models/gru_BTC_best_params.json\n" in said and "  my models/gru_BTC_tune.ipynb\n" in said
+    assert (
+        "kallos-run train --model-name gru --asset-id BTC --params-file 'my models/gru_BTC_best_params.json' "
+        "--end-date 2023-01-01T06:00:00 --output-path 'my models'\n"
+    ) in said
+    assert "kallos-run dashboard --folder 'my models'" in said
+
+
+def test_the_next_command_names_the_database_but_no_password(in_process, market, monkeypatch):
+    url = f"sqlite:///{market}/data/kallos.db"
+    code, said = in_process("tune", *RUN, "--db-url", url)
+    assert code == 0 and f"--db-url {url}\n" in said, said
+    assert in_process.runs[0][3] == url
+    monkeypatch.setattr(command_line, "_check_run", lambda settings, db_url: None)
+    code, said = in_process("tune", *RUN, "--db-url", f"postgresql://me:{SECRET}@host/name")
+    assert code == 0 and '--db-url "$URL"\n' in said and SECRET not in said, said
+
+
+def test_ctrl_c_says_how_to_go_on(in_process, monkeypatch):
+    def interrupt(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reports, "run_notebook", interrupt)
+    code, said = in_process("tune", *RUN)
+    assert code == 3
+    assert said == (
+        "kallos-run: interrupted; the finished trials of the study are kept, and the same command resumes it.\n"
+    )
+
+
+# Studies
+
+
+@pytest.fixture
+def study(db_url, tmp_path) -> tuple[str, ...]:
+    """The words that name a study, in a folder or in a schema of PostgreSQL."""
+    connect(db_url).dispose()
+    if db_url.startswith("sqlite"):
+        optuna.create_study(storage=f"sqlite:///{tmp_path}/optuna.db", study_name="of_the_test")
+        return ("--folder", str(tmp_path))
+    engine = connect(db_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA studies")
+    engine.dispose()
+    storage = db_url.replace("postgresql:", "postgresql+psycopg:") + "?options=-csearch_path%3Dstudies"
+    optuna.create_study(storage=storage, study_name="of_the_test")
+    return ("--db-url", db_url, "--optuna-schema", "studies")
+
+
+def test_the_dashboard_shows_the_study_until_it_is_stopped(study, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from kallos.main import main; main()"
+    words = [sys.executable, "-c", code, "dashboard", *study, "--port", str(port)]
+    server = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    answer = ""
+    for _ in range(300):
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5) as page:
+                answer = page.read().decode()
+            break
+        except OSError:
+            assert server.poll() is None, server.stderr.read()
+            time.sleep(0.1)
+    taken = kallos_run("dashboard", *study, "--port", port, cwd=tmp_path)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0
+    assert "of_the_test" in answer
+    assert taken.returncode == 2 and "cannot listen at 127.0.0.1" in taken.stderr, taken.stderr

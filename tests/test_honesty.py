@@ -1,0 +1,134 @@
+"""What must hold for any number to be believed: the future changes nothing, validation rows train nothing, luck is not skill."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kallos.core.config import TuneSettings
+from kallos.core.devices import resolve_device
+from kallos.data.features import compute_features
+from kallos.data.sources import sample_bars
+from kallos.evaluation.verdict import judge
+from kallos.models.datasets import DartsFold, add_target
+from kallos.models.tuner import study_layout
+from kallos.models.validation import FitPlan, forecast_after, prepare_fold, run_fold
+
+PARAMS = {
+    "gru": {"hidden_dim": 8, "n_rnn_layers": 2, "dropout": 0.2, "batch_size": 64, "input_chunk_length": 30}
+    | {"learning_rate": 3e-3},
+    "linear": {"input_chunk_length": 4, "alpha": 100.0},
+    "hist_gradient_boosting": {"input_chunk_length": 4, "max_iter": 20},
+}
+GROUPS = {
+    "volume_features": ["volume", "volume_ratio"],
+    "bounded_features": ["rsi"],
+    "unbounded_features": ["macd_diff", "log_return_1"],
+}
+
+
+def settings_of(model_name: str, target_col: str = "log_return", horizon: int = 1) -> TuneSettings:
+    return TuneSettings.from_values(
+        {
+            "asset_id": "BTC", "end_date": "2023-01-01", "model_name": model_name, "target_col": target_col,
+            "horizon": horizon, "feature_groups": GROUPS, "folds": 3,
+        }
+    )  # fmt: skip
+
+
+def rows_of(bars: pd.DataFrame, settings: TuneSettings) -> pd.DataFrame:
+    table = compute_features(bars, timeframe="1d").set_index("ts")
+    return add_target(table, settings.target_col, timeframe="1d")
+
+
+@pytest.fixture(scope="module")
+def bars() -> pd.DataFrame:
+    return sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=5)
+
+
+def score(table: pd.DataFrame, settings: TuneSettings, fold: int, layout) -> tuple[float, DartsFold]:
+    prepared = prepare_fold(table, layout[fold], settings)
+    plan = FitPlan(n_epochs=3, device=resolve_device("cpu"))
+    return run_fold(prepared, PARAMS[settings.model_name], settings, plan=plan, seed=3).score, prepared
+
+
+@pytest.mark.parametrize(
+    ("model_name", "target_col", "horizon"),
+    [("gru", "log_return", 1), ("gru", "close", 2), ("linear", "log_return", 3), ("hist_gradient_boosting", "log_close", 1)],
+)
+def test_bars_after_the_window_change_no_score(bars, model_name, target_col, horizon):
+    settings = settings_of(model_name, target_col, horizon)
+    table = rows_of(bars, settings)
+    layout = study_layout(table, settings)
+    for fold in (0, 1):
+        end = table.index[layout[fold].val_stop - 1]  # the close of the window's last bar
+        future = bars["ts"] >= end  # bars that open at that moment or later
+        wild = bars.copy()
+        noise = np.random.default_rng(0).uniform(0.2, 5.0, (int(future.sum()), 1))
+        columns = bars.columns.drop(["ts", "is_filled"], errors="ignore")
+        wild.loc[future, columns] = bars.loc[future, columns].to_numpy() * noise
+        changed = rows_of(wild, settings)
+        assert not changed.equals(table)
+        assert score(changed, settings, fold, layout)[0] == score(table, settings, fold, layout)[0]
+
+
+@pytest.mark.parametrize("target_col", ["log_return", "close"])
+def test_validation_rows_change_no_scaler(bars, target_col):
+    settings = settings_of("linear", target_col)
+    table = rows_of(bars, settings)
+    layout = study_layout(table, settings)
+    wild = table.copy()
+    wild.iloc[layout[0].train_stop :] *= 3.7
+    ours, theirs = (prepare_fold(t, layout[0], settings) for t in (table, wild))
+    names = [*settings.feature_groups.names, target_col]
+    pd.testing.assert_frame_equal(
+        ours.transformer.transform(table[names]), theirs.transformer.transform(table[names]), check_exact=True
+    )
+    for (a, b), (c, d) in zip(ours.train, theirs.train, strict=True):
+        assert np.array_equal(a.values(), c.values())
+        assert np.array_equal(b.values(), d.values())
+    assert not np.array_equal(ours.val[0][0].values(), theirs.val[0][0].values())
+
+
+def test_a_training_row_does_change_the_score(bars):
+    settings = settings_of("linear")
+    table = rows_of(bars, settings)
+    layout = study_layout(table, settings)
+    wild = table.copy()
+    wild.iloc[layout[0].train_stop - 10] *= 1.5
+    assert score(wild, settings, 0, layout)[0] != score(table, settings, 0, layout)[0]
+
+
+def verdict_of(seed: int, signal: float, model_name: str, n_epochs: int | None = None):
+    """The verdict on the rows after the end date of a market, of a model trained on what was known by then."""
+    settings = settings_of(model_name)
+    market = sample_bars(timeframe="1d", seed=seed, signal=signal)
+    end = pd.Timestamp("2023-01-01", tz="UTC")
+    result = forecast_after(rows_of(market, settings), end, PARAMS[model_name], settings, n_epochs=n_epochs)
+    assert result.forecasts["ts"].min() >= end
+    return judge(result.forecasts)
+
+
+def test_a_linear_model_finds_what_is_there():
+    assert all(verdict_of(seed, 0.2, "linear").has_skill for seed in range(3))
+
+
+def test_a_linear_model_finds_nothing_on_a_martingale():
+    verdicts = [verdict_of(seed, 0.0, "linear") for seed in range(6)]
+    assert sum(verdict.has_skill for verdict in verdicts) <= 1
+    assert all(("No skill" in v.sentence) != v.has_skill for v in verdicts)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model_name", ["linear", "gru"])
+def test_forty_martingales_show_no_more_skill_than_chance(model_name):
+    found = [seed for seed in range(40) if verdict_of(seed, 0.0, model_name, n_epochs=8).has_skill]
+    print(f"{model_name}: {len(found)} of 40 martingales show skill at the 5 % level: {found}")
+    assert len(found) <= 5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model_name", ["linear", "gru"])
+def test_the_predictable_market_is_found(model_name):
+    verdicts = [verdict_of(seed, 0.2, model_name, n_epochs=8) for seed in range(10)]
+    print(f"{model_name}: skill {[round(v.skill, 4) for v in verdicts]}, found {sum(v.has_skill for v in verdicts)} of 10")
+    assert sum(verdict.has_skill for verdict in verdicts) >= 8

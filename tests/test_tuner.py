@@ -1,0 +1,165 @@
+"""Studies on SQLite and on a real PostgreSQL: a budget that holds through stops and kills, and what is refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import psycopg
+import pytest
+
+from kallos.core.config import TuneSettings
+from kallos.core.errors import ConfigError, TrainingError
+from kallos.data.features import compute_features
+from kallos.data.sources import sample_bars
+from kallos.data.store import connect, write_bars, write_features
+from kallos.models import studies
+from kallos.models.tuner import objective, run_tuning, study_layout, tune
+from kallos.models.datasets import load_table
+from kallos.models.validation import prepare_fold
+
+END = "2022-06-30"
+SMALL = {"asset_id": "BTC", "end_date": END, "model_name": "linear", "folds": 2, "max_epochs": 2}
+
+
+@pytest.fixture
+def market(db_url) -> str:
+    """The URL of a database that holds a small sample market with its features."""
+    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
+    engine = connect(db_url)
+    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
+    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
+    engine.dispose()
+    return db_url
+
+
+def start_tune(url: str, folder: Path, n_trials: int) -> subprocess.Popen:
+    """A real `kallos-run tune --no-report`, in a process and a session of its own."""
+    command = [
+        sys.executable, "-m", "kallos.main", "tune", "--model-name", "linear", "--asset-id", "BTC", "--end-date", END,
+        "--n-trials", str(n_trials), "--folds", "2", "--output-path", str(folder), "--no-report",
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=os.environ | {"KALLOS_DB_URL": url}, stderr=subprocess.PIPE, text=True)
+
+
+def finished(url: str, folder: Path, n_trials: int) -> list[optuna.trial.FrozenTrial]:
+    """The finished trials so far; none as long as the study does not exist."""
+    settings = TuneSettings.from_values(SMALL | {"n_trials": n_trials, "output_path": str(folder)})
+    try:
+        study = optuna.load_study(study_name="linear_BTC_1d_log_return_h1", storage=studies.study_storage(settings, url))
+    except KeyError:
+        return []
+    return studies.finished_trials(study)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop, monkeypatch):
+    process = start_tune(market, tmp_path, 12)
+    deadline = time.monotonic() + 120
+    while len(finished(market, tmp_path, 12)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(stop)
+    stderr = process.communicate(timeout=60)[1]
+    before = finished(market, tmp_path, 12)
+    assert 5 <= len(before) < 12, stderr
+    if stop == signal.SIGINT:
+        assert process.returncode == 3
+        assert "resume" in stderr
+        assert "Traceback" not in stderr
+    assert start_tune(market, tmp_path, 12).wait(timeout=180) == 0
+    trials = finished(market, tmp_path, 12)
+    assert len(trials) == 12
+    assert len({tuple(sorted(trial.params.items())) for trial in trials}) == 12
+    assert [t.params for t in trials[: len(before)]] == [t.params for t in before]
+    whole = tune(TuneSettings.from_values(SMALL | {"n_trials": 12, "output_path": str(tmp_path / "whole"), "study_name": "w"}), db=market, progress=False)
+    by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
+    assert [by_slot[slot].value for slot in range(12)] == [trial.value for trial in whole.trials]
+
+
+def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_url, tmp_path, monkeypatch):
+    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
+    engine = connect(postgres_kwargs)
+    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
+    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
+    engine.dispose()
+    for schema, budget in (("optuna_studies", 2), ("second", 3), ("optuna_studies", 3)):
+        study = run_tuning(
+            asset_id="BTC", end_date=END, db_kwargs=postgres_kwargs, optuna_schema=schema, model_name="linear",
+            study_name="linear_btc", target_col="close", feature_groups={
+                "volume_features": ["volume", "taker_buy_base_asset_volume"], "bounded_features": ["rsi", "mfi"],
+                "unbounded_features": ["macd_diff"]}, n_trials=budget, folds=2, output_path=str(tmp_path / schema), progress=False,
+        )  # fmt: skip
+        assert len(study.trials) == budget
+        copy = optuna.load_study(study_name="linear_btc", storage=f"sqlite:///{tmp_path / schema / 'optuna.db'}")
+        assert [t.params for t in copy.trials] == [t.params for t in study.trials]
+        assert copy.best_trial.intermediate_values == study.best_trial.intermediate_values
+    with psycopg.connect(postgres_url) as connection:
+        names = connection.execute("SELECT table_schema FROM information_schema.tables WHERE table_name = 'trials'").fetchall()
+    assert {name for (name,) in names} == {"optuna_studies", "second"}
+
+
+def test_forecasts_of_every_trial_are_kept(market, tmp_path):
+    settings = TuneSettings.from_values(SMALL | {"n_trials": 2, "output_path": str(tmp_path)})
+    study = tune(settings, db=market, progress=False)
+    storage, store = studies.study_storage(settings, market), studies.artifact_store(settings)
+    table = load_table(settings, market)
+    layout = study_layout(table, settings)
+    for trial in study.trials:
+        forecasts = studies.download_table(trial, "forecasts", storage=storage, store=store)
+        for fold, part in forecasts.groupby("fold"):
+            assert list(part["target_ts"]) == list(table.index[layout[fold].val_start : layout[fold].val_stop])
+        assert {"fold_rmse_price", "fold_rmse_price_naive", "fold_skill", "fold_epochs", "fold_seconds"} <= set(trial.user_attrs)
+        folds = [prepare_fold(table, bounds, settings) for bounds in layout]
+        assert objective(trial, folds, settings) == trial.value
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"target_col": "close"}, "target_col"), ({"horizon": 2}, "horizon"), ({"folds": 3}, "fold_layout"),
+        ({"feature_groups": {"bounded_features": ["rsi"]}}, "feature_groups"), ({"end_date": "2022-06-29"}, "data_fingerprint"),
+        ({"seed": 1}, "seed"), ({"max_epochs": 3}, "max_epochs"), ({"model_name": "random_forest"}, "model_name"),
+    ],
+)  # fmt: skip
+def test_another_question_under_the_same_name_is_refused(tmp_path, change, named):
+    url = f"sqlite:///{tmp_path / 'kallos.db'}"
+    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
+    engine = connect(url)
+    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
+    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
+    same = SMALL | {"study_name": "one", "output_path": str(tmp_path), "n_trials": 1}
+    tune(TuneSettings.from_values(same), db=url, progress=False)
+    with pytest.raises(ConfigError, match=f"study 'one' exists.*{named}"):
+        tune(TuneSettings.from_values(same | change), db=url, progress=False)
+    assert len(finished_by_name(tmp_path, "one")) == 1
+
+
+def finished_by_name(folder: Path, name: str) -> list[optuna.trial.FrozenTrial]:
+    return studies.finished_trials(optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'optuna.db'}"))
+
+
+def test_a_failing_network_fills_its_slot_and_says_why(market, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise TrainingError("the loss is NaN", received="epoch 2")
+
+    monkeypatch.setattr("kallos.models.tuner.validate", fails)
+    settings = TuneSettings.from_values(SMALL | {"n_trials": 2, "output_path": str(tmp_path)})
+    with pytest.raises(TrainingError, match="no trial .* completed: the loss is NaN; got 'epoch 2'"):
+        tune(settings, db=market, progress=False)
+    assert len(finished(market, tmp_path, 2)) == 2
+
+
+def test_no_password_is_written_anywhere(postgres_kwargs, postgres_url, tmp_path):
+    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
+    engine = connect(postgres_url)
+    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
+    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
+    engine.dispose()
+    tune(TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)}), db=postgres_url, progress=False)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if postgres_kwargs["postgres_password"].encode() in path.read_bytes()]
