@@ -28,5 +28,20 @@ __getattr__, __dir__, __all__ = lazy(
         "models": (),
         "evaluation": (),
         "workflow": (),
+        "options": (
+            "Interrupted",
+            "OPTIONS",
+            "command",
+        ),
+        "main": (
+            "app",
+            "dashboard",
+            "features",
+            "ingest",
+            "main",
+            "sample",
+            "train",
+            "tune",
+        ),
     },
 )

@@ -196,7 +196,7 @@ def train(
     given: dict[str, Any],  # the options that were typed
 ) -> None:
     """Train a model with its best parameters on all rows, save it, and prove that it can be read back."""
-    from kallos.models.trainer import merge_params
+    from kallos.models.parameters import merge_params
 
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
     settings = _settings("train", merge_params(given, given["params_file"]))

@@ -158,7 +158,7 @@ WRONG = {
     "no settings file": (("tune", *RUN, "--config", "none.yaml"), "cannot read none.yaml"),
     "unknown database": (("tune", *RUN, "--db-url", f"mysql://me:{SECRET}@host/name"), "unknown kind of database"),
     "no database": (("tune", *RUN, "--db-url", "sqlite:///none.db"), "there is no such database"),
-    "no URL": (("features", *BTC, "--db-url", f"me:{SECRET}@host"), "no URL of a database"),
+    "no URL": (("features", *BTC, "--db-url", f"postgresql//me:{SECRET}@host"), "no URL of a database"),
     "no files": (("ingest", *BTC), "no files of bars"),
     "missing file": (("ingest", "none.csv", *BTC), "none.csv"),
     "unknown kind of file": (("ingest", "wrong.json", *BTC), "unknown kind of file"),
@@ -207,14 +207,14 @@ def test_data_goes_in_once_however_often_it_is_written(db_url, tmp_path):
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
     assert "2 bars, 2023-01-01 00:00 to 2023-01-02 00:00; 2 new, 0 changed, 0 known" in runs[0].stdout
     assert "0 new, 0 changed, 2 known" in runs[1].stdout
-    replaced = kallos_run("sample", *BTC, "--end", "2018-12-31", "--replace", "--db-url", db_url, cwd=tmp_path)
-    assert "365 new, 0 changed, 0 known" in replaced.stdout, replaced.stderr
+    replaced = kallos_run("sample", *BTC, "--end", "2019-12-31", "--replace", "--db-url", db_url, cwd=tmp_path)
+    assert "730 new, 0 changed, 0 known" in replaced.stdout, replaced.stderr
     features = kallos_run("features", *BTC, "--db-url", db_url, cwd=tmp_path)
     assert features.returncode == 0 and "rsi" in features.stdout, features.stderr
     engine = connect(db_url)
     stored = list_assets(engine).iloc[0]
     engine.dispose()
-    assert (stored["venue"], stored["bars"]) == ("sample", 365) and stored["features"] > 200
+    assert (stored["venue"], stored["bars"]) == ("sample", 730) and stored["features"] > 365
 
 
 def test_one_wrong_file_among_many_changes_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""What must hold for any number to be believed: the future changes nothing, validation rows train nothing, luck is not skill."""
+"""What makes a number believable: the future changes nothing, validation rows train nothing, luck is not skill."""
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,12 @@ def score(table: pd.DataFrame, settings: TuneSettings, fold: int, layout) -> tup
 
 @pytest.mark.parametrize(
     ("model_name", "target_col", "horizon"),
-    [("gru", "log_return", 1), ("gru", "close", 2), ("linear", "log_return", 3), ("hist_gradient_boosting", "log_close", 1)],
+    [
+        ("gru", "log_return", 1),
+        ("gru", "close", 2),
+        ("linear", "log_return", 3),
+        ("hist_gradient_boosting", "log_close", 1),
+    ],
 )
 def test_bars_after_the_window_change_no_score(bars, model_name, target_col, horizon):
     settings = settings_of(model_name, target_col, horizon)
@@ -130,5 +135,7 @@ def test_forty_martingales_show_no_more_skill_than_chance(model_name):
 @pytest.mark.parametrize("model_name", ["linear", "gru"])
 def test_the_predictable_market_is_found(model_name):
     verdicts = [verdict_of(seed, 0.2, model_name, n_epochs=8) for seed in range(10)]
-    print(f"{model_name}: skill {[round(v.skill, 4) for v in verdicts]}, found {sum(v.has_skill for v in verdicts)} of 10")
+    print(
+        f"{model_name}: skill {[round(v.skill, 4) for v in verdicts]}, found {sum(v.has_skill for v in verdicts)} of 10"
+    )
     assert sum(verdict.has_skill for verdict in verdicts) >= 8

@@ -168,10 +168,10 @@ def test_the_page_opens_without_a_network(good):
     assert "<title>report: A small &lt;report&gt;</title>" in page
 
 
-def test_only_the_parameters_are_unfolded(good):
+def test_only_the_runs_parameters_are_unfolded(good):
     report, _ = good
     page = report.with_suffix(".html").read_text(encoding="utf8")
-    assert page.count("<details>") == 2 and len(re.findall(r'<details open(?:="")?>', page)) == 2
+    assert page.count("<details>") == 3 and len(re.findall(r'<details open(?:="")?>', page)) == 1
 
 
 def test_the_parents_environment_is_left_alone(tmp_path, monkeypatch):

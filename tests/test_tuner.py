@@ -11,14 +11,14 @@ import optuna
 import psycopg
 import pytest
 
-from kallos.core.config import TuneSettings
+from kallos.core.config import TuneSettings, study_name
 from kallos.core.errors import ConfigError, TrainingError
 from kallos.data.features import compute_features
 from kallos.data.sources import sample_bars
 from kallos.data.store import connect, write_bars, write_features
 from kallos.models import studies
-from kallos.models.tuner import objective, run_tuning, study_layout, tune
 from kallos.models.datasets import load_table
+from kallos.models.tuner import objective, run_tuning, study_layout, tune
 from kallos.models.validation import prepare_fold
 
 END = "2022-06-30"
@@ -36,48 +36,59 @@ def market(db_url) -> str:
     return db_url
 
 
-def start_tune(url: str, folder: Path, n_trials: int) -> subprocess.Popen:
-    """A real `kallos-run tune --no-report`, in a process and a session of its own."""
-    command = [
-        sys.executable, "-m", "kallos.main", "tune", "--model-name", "linear", "--asset-id", "BTC", "--end-date", END,
-        "--n-trials", str(n_trials), "--folds", "2", "--output-path", str(folder), "--no-report",
-    ]  # fmt: skip
-    return subprocess.Popen(command, env=os.environ | {"KALLOS_DB_URL": url}, stderr=subprocess.PIPE, text=True)
+def start_tune(url: str, folder: Path) -> subprocess.Popen:
+    """A real `kallos-run tune --no-report` of twelve trials, in a process of its own."""
+    options = f"--model-name linear --asset-id BTC --end-date {END} --n-trials 12 --folds 2 --max-epochs 2"
+    tune = [str(Path(sys.executable).with_name("kallos-run")), "tune", "--no-report", "--output-path", str(folder)]
+    return subprocess.Popen(
+        [*tune, *options.split()], env=os.environ | {"KALLOS_DB_URL": url}, stderr=subprocess.PIPE, text=True
+    )
 
 
-def finished(url: str, folder: Path, n_trials: int) -> list[optuna.trial.FrozenTrial]:
-    """The finished trials so far; none as long as the study does not exist."""
-    settings = TuneSettings.from_values(SMALL | {"n_trials": n_trials, "output_path": str(folder)})
-    try:
-        study = optuna.load_study(study_name="linear_BTC_1d_log_return_h1", storage=studies.study_storage(settings, url))
-    except KeyError:
-        return []
-    return studies.finished_trials(study)
+def study_of(url: str, folder: Path, **more) -> optuna.Study:
+    """The study that `start_tune` runs, once it exists."""
+    settings = TuneSettings.from_values(SMALL | {"output_path": str(folder)} | more)
+    storage = studies.study_storage(settings, url)
+    while study_name(settings) not in optuna.get_all_study_names(storage):
+        time.sleep(0.05)
+    return optuna.load_study(study_name=study_name(settings), storage=storage)
+
+
+def finished(url: str, folder: Path, **more) -> list[optuna.trial.FrozenTrial]:
+    """The finished trials of `study_of`."""
+    return studies.finished_trials(study_of(url, folder, **more))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop, monkeypatch):
-    process = start_tune(market, tmp_path, 12)
-    deadline = time.monotonic() + 120
-    while len(finished(market, tmp_path, 12)) < 5 and time.monotonic() < deadline:
-        time.sleep(0.05)
+def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
+    process = start_tune(market, tmp_path)
+    study = study_of(market, tmp_path)
+    while len(studies.finished_trials(study)) < 5:
+        assert process.poll() is None, process.communicate()[1]
     process.send_signal(stop)
     stderr = process.communicate(timeout=60)[1]
-    before = finished(market, tmp_path, 12)
+    before = studies.finished_trials(study)
     assert 5 <= len(before) < 12, stderr
     if stop == signal.SIGINT:
         assert process.returncode == 3
         assert "resume" in stderr
         assert "Traceback" not in stderr
-    assert start_tune(market, tmp_path, 12).wait(timeout=180) == 0
-    trials = finished(market, tmp_path, 12)
+    assert start_tune(market, tmp_path).wait(timeout=180) == 0
+    trials = finished(market, tmp_path)
     assert len(trials) == 12
     assert len({tuple(sorted(trial.params.items())) for trial in trials}) == 12
     assert [t.params for t in trials[: len(before)]] == [t.params for t in before]
-    whole = tune(TuneSettings.from_values(SMALL | {"n_trials": 12, "output_path": str(tmp_path / "whole"), "study_name": "w"}), db=market, progress=False)
-    by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
-    assert [by_slot[slot].value for slot in range(12)] == [trial.value for trial in whole.trials]
+    settings = TuneSettings.from_values(
+        SMALL | {"n_trials": 12, "output_path": str(tmp_path / "whole"), "study_name": "whole"}
+    )
+    table = load_table(settings, market)
+    folds = [prepare_fold(table, bounds, settings) for bounds in study_layout(table, settings)]
+    assert [objective(trial, folds, settings) for trial in trials] == [trial.value for trial in trials]
+    if stop == signal.SIGINT:  # nothing but the time of the stop was lost: the study is that of a run without a stop
+        whole = tune(settings, db=market, progress=False)
+        by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
+        assert [by_slot[slot].params for slot in range(12)] == [trial.params for trial in whole.trials]
 
 
 def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_url, tmp_path, monkeypatch):
@@ -86,19 +97,22 @@ def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_u
     write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
     write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
     engine.dispose()
+    groups = {"volume_features": ["volume", "taker_buy_base_asset_volume"], "bounded_features": ["rsi", "mfi"]}
+    groups |= {"unbounded_features": ["macd_diff"]}
     for schema, budget in (("optuna_studies", 2), ("second", 3), ("optuna_studies", 3)):
         study = run_tuning(
             asset_id="BTC", end_date=END, db_kwargs=postgres_kwargs, optuna_schema=schema, model_name="linear",
-            study_name="linear_btc", target_col="close", feature_groups={
-                "volume_features": ["volume", "taker_buy_base_asset_volume"], "bounded_features": ["rsi", "mfi"],
-                "unbounded_features": ["macd_diff"]}, n_trials=budget, folds=2, output_path=str(tmp_path / schema), progress=False,
+            study_name="linear_btc", target_col="close", feature_groups=groups, n_trials=budget,
+            folds=2, output_path=str(tmp_path / schema), progress=False,
         )  # fmt: skip
         assert len(study.trials) == budget
         copy = optuna.load_study(study_name="linear_btc", storage=f"sqlite:///{tmp_path / schema / 'optuna.db'}")
         assert [t.params for t in copy.trials] == [t.params for t in study.trials]
         assert copy.best_trial.intermediate_values == study.best_trial.intermediate_values
     with psycopg.connect(postgres_url) as connection:
-        names = connection.execute("SELECT table_schema FROM information_schema.tables WHERE table_name = 'trials'").fetchall()
+        names = connection.execute(
+            "SELECT table_schema FROM information_schema.tables WHERE table_name = 'trials'"
+        ).fetchall()
     assert {name for (name,) in names} == {"optuna_studies", "second"}
 
 
@@ -112,7 +126,9 @@ def test_forecasts_of_every_trial_are_kept(market, tmp_path):
         forecasts = studies.download_table(trial, "forecasts", storage=storage, store=store)
         for fold, part in forecasts.groupby("fold"):
             assert list(part["target_ts"]) == list(table.index[layout[fold].val_start : layout[fold].val_stop])
-        assert {"fold_rmse_price", "fold_rmse_price_naive", "fold_skill", "fold_epochs", "fold_seconds"} <= set(trial.user_attrs)
+        assert {"fold_rmse_price", "fold_rmse_price_naive", "fold_skill", "fold_epochs", "fold_seconds"} <= set(
+            trial.user_attrs
+        )
         folds = [prepare_fold(table, bounds, settings) for bounds in layout]
         assert objective(trial, folds, settings) == trial.value
 
@@ -120,11 +136,16 @@ def test_forecasts_of_every_trial_are_kept(market, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"target_col": "close"}, "target_col"), ({"horizon": 2}, "horizon"), ({"folds": 3}, "fold_layout"),
-        ({"feature_groups": {"bounded_features": ["rsi"]}}, "feature_groups"), ({"end_date": "2022-06-29"}, "data_fingerprint"),
-        ({"seed": 1}, "seed"), ({"max_epochs": 3}, "max_epochs"), ({"model_name": "random_forest"}, "model_name"),
+        ({"target_col": "close"}, "target_col"),
+        ({"horizon": 2}, "horizon"),
+        ({"folds": 3}, "fold_layout"),
+        ({"feature_groups": {"bounded_features": ["rsi"]}}, "feature_groups"),
+        ({"end_date": "2022-06-29"}, "data_fingerprint"),
+        ({"seed": 1}, "seed"),
+        ({"max_epochs": 3}, "max_epochs"),
+        ({"model_name": "random_forest"}, "model_name"),
     ],
-)  # fmt: skip
+)
 def test_another_question_under_the_same_name_is_refused(tmp_path, change, named):
     url = f"sqlite:///{tmp_path / 'kallos.db'}"
     bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
@@ -133,13 +154,9 @@ def test_another_question_under_the_same_name_is_refused(tmp_path, change, named
     write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
     same = SMALL | {"study_name": "one", "output_path": str(tmp_path), "n_trials": 1}
     tune(TuneSettings.from_values(same), db=url, progress=False)
-    with pytest.raises(ConfigError, match=f"study 'one' exists.*{named}"):
+    with pytest.raises(ConfigError, match=rf"study 'one' exists.*{named}"):
         tune(TuneSettings.from_values(same | change), db=url, progress=False)
-    assert len(finished_by_name(tmp_path, "one")) == 1
-
-
-def finished_by_name(folder: Path, name: str) -> list[optuna.trial.FrozenTrial]:
-    return studies.finished_trials(optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'optuna.db'}"))
+    assert len(finished(url, tmp_path, study_name="one")) == 1
 
 
 def test_a_failing_network_fills_its_slot_and_says_why(market, tmp_path, monkeypatch):
@@ -148,9 +165,9 @@ def test_a_failing_network_fills_its_slot_and_says_why(market, tmp_path, monkeyp
 
     monkeypatch.setattr("kallos.models.tuner.validate", fails)
     settings = TuneSettings.from_values(SMALL | {"n_trials": 2, "output_path": str(tmp_path)})
-    with pytest.raises(TrainingError, match="no trial .* completed: the loss is NaN; got 'epoch 2'"):
+    with pytest.raises(TrainingError, match=r"no trial .* completed: the loss is NaN; got 'epoch 2'"):
         tune(settings, db=market, progress=False)
-    assert len(finished(market, tmp_path, 2)) == 2
+    assert len(finished(market, tmp_path)) == 2
 
 
 def test_no_password_is_written_anywhere(postgres_kwargs, postgres_url, tmp_path):
@@ -159,7 +176,9 @@ def test_no_password_is_written_anywhere(postgres_kwargs, postgres_url, tmp_path
     write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
     write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
     engine.dispose()
-    tune(TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)}), db=postgres_url, progress=False)
+    tune(
+        TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)}), db=postgres_url, progress=False
+    )
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert written
     assert not [path for path in written if postgres_kwargs["postgres_password"].encode() in path.read_bytes()]

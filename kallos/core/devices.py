@@ -99,6 +99,7 @@ def quiet_lightning() -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation rows
     warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true")
 
 # %% ../../nbs/core/04_devices.ipynb #6326f8fe

@@ -34,6 +34,7 @@ pio.templates["kallos"] = go.layout.Template(
         "title": {"x": 0, "xref": "paper", "font": {"size": 16}},
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
         "margin": {"l": 60, "r": 20, "t": 80, "b": 50},
+        "height": 420,
     }
 )
 
@@ -69,7 +70,7 @@ def plot_bars(
     if gaps is not None and len(gaps):
         _shade_gaps(figure, gaps)
     figure.update_xaxes(rangeslider_visible=False).update_xaxes(title=TIME, row=2)
-    figure.update_yaxes(title="volume (base asset)", row=2)
+    figure.update_yaxes(title="volume<br>(base asset)", row=2)
     together = f", {size} bars to a candle" if size > 1 else ""
     return _finish(figure, f"{len(bars):,} bars{together}", x="", y="price (quote asset)", height=520)
 
@@ -97,7 +98,8 @@ def plot_folds(
 ) -> go.Figure:
     """Each fold as a row of bars over time, one colour a part."""
     figure = go.Figure()
-    for part, spans in layout.groupby("part"):
+    for part in [name for name in _PARTS if name in {*layout["part"]}]:
+        spans = layout[layout["part"] == part]
         figure.add_bar(
             base=spans["start"],
             x=(spans["end"] - spans["start"]) / pd.Timedelta("1ms"),
@@ -141,7 +143,8 @@ def plot_learning_curves(
             y=rows["train_loss"], name=f"fold {fold}, training", line_dash="dot", showlegend=False, **shared
         )
         figure.add_scatter(y=rows["val_loss"], name=f"fold {fold}", **shared)
-    best = history.loc[history.groupby("fold")["val_loss"].idxmin()]
+    rows = history.reset_index(drop=True)  # the epochs of several folds may share their labels
+    best = rows.loc[rows.groupby("fold")["val_loss"].idxmin()]
     mark = {"color": MARK, "size": 11, "symbol": "star", "line": {"width": 1, "color": "white"}}
     figure.add_scatter(x=best["epoch"], y=best["val_loss"], mode="markers", marker=mark, name="best epoch")
     figure.update_traces(selector={"mode": None}, mode="lines")

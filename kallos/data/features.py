@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from .indicators import Columns
 
 # %% ../../nbs/data/13_features.ipynb #d2c41b0e
 Group = Literal["volume_features", "bounded_features", "unbounded_features"]
-GROUPS = ("volume_features", "bounded_features", "unbounded_features")
+GROUPS = get_args(Group)
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,11 @@ def compute_features(
     bars: pd.DataFrame,  # checked bars
     *,
     timeframe: str,  # length of a bar
-    names: Iterable[str] | None = None,  # the features wanted; None is all that are registered
+    names: Iterable[str] | None = None,  # the features wanted besides the bar's own columns; None is all
 ) -> pd.DataFrame:
     """`ts` (close time), the bar's own columns and a float64 column a feature; DataError if there are too few bars."""
-    chosen = [feature_info(name) for name in (_REGISTRY if names is None else names)]
+    wanted = _REGISTRY if names is None else names
+    chosen = [feature_info(name) for name in wanted if name not in BAR_COLUMNS]
     table = _own_columns(bars, timeframe)
     able = [feature for feature in chosen if {*feature.inputs} <= {*table.columns}]
     warmup = max((feature.warmup for feature in able), default=0)

@@ -51,12 +51,7 @@ def garman_klass_volatility(
 def _root(mean_square: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(mean_square, 0))  # a running sum may end a hair below zero
 
-# %% ../../nbs/data/12b_indicators.ipynb #9e8bfaa7
-def _near_one(bars: Columns, *prices: str) -> list[np.ndarray]:
-    scale = 2.0 ** -np.floor(np.log2(bars["close"][0]))
-    return [bars[price] * scale for price in prices]
-
-
+# %% ../../nbs/data/12b_indicators.ipynb #0338cd8f
 def _stood_still(high: np.ndarray, low: np.ndarray, period: int) -> np.ndarray:
     return talib.MAX(high, period) == talib.MIN(low, period)
 
@@ -64,12 +59,12 @@ def _stood_still(high: np.ndarray, low: np.ndarray, period: int) -> np.ndarray:
 def _bounded(values: np.ndarray, neutral_where: np.ndarray, neutral: float, low: float, high: float) -> np.ndarray:
     return np.clip(np.where(neutral_where, neutral, values), low, high)
 
-# %% ../../nbs/data/12b_indicators.ipynb #ad630bb0
+# %% ../../nbs/data/12b_indicators.ipynb #24ef8674
 def rsi(
     bars: Columns,  # reads close
 ) -> np.ndarray:
     """(n) relative strength indices of 14 bars, 0 to 100."""
-    (close,) = _near_one(bars, "close")
+    close = bars["close"]
     return _bounded(talib.RSI(close, 14), _stood_still(close, close, 15), 50, 0, 100)
 
 
@@ -77,17 +72,17 @@ def adx(
     bars: Columns,  # reads high, low, close
 ) -> np.ndarray:
     """(n) average directional indices of 14 bars, 0 to 100."""
-    high, low, close = _near_one(bars, "high", "low", "close")
+    high, low, close = bars["high"], bars["low"], bars["close"]
     return _bounded(talib.ADX(high, low, close, 14), _stood_still(high, low, 15), 0, 0, 100)
 
-# %% ../../nbs/data/12b_indicators.ipynb #00b42fb6
+# %% ../../nbs/data/12b_indicators.ipynb #60aaa96d
 def stochastic(
     bars: Columns,  # reads high, low, close
     *,
     smoothings: int,  # 1 for %K, 2 for %D
 ) -> np.ndarray:
     """(n) smoothed places of the close in the range of 14 bars, 0 to 100."""
-    high, low, close = _near_one(bars, "high", "low", "close")
+    high, low, close = bars["high"], bars["low"], bars["close"]
     fast, _ = talib.STOCHF(high, low, close, fastk_period=14, fastd_period=1)
     place = _bounded(fast, _stood_still(high, low, 14), 50, 0, 100)
     for _ in range(smoothings):
@@ -99,10 +94,10 @@ def williams_r(
     bars: Columns,  # reads high, low, close
 ) -> np.ndarray:
     """(n) Williams %R of 14 bars, -100 to 0."""
-    high, low, close = _near_one(bars, "high", "low", "close")
+    high, low, close = bars["high"], bars["low"], bars["close"]
     return _bounded(talib.WILLR(high, low, close, 14), _stood_still(high, low, 14), -50, -100, 0)
 
-# %% ../../nbs/data/12b_indicators.ipynb #696eec1f
+# %% ../../nbs/data/12b_indicators.ipynb #2b4e7c79
 def mfi(
     bars: Columns,  # reads high, low, close, volume
 ) -> np.ndarray:
@@ -110,10 +105,9 @@ def mfi(
     high, low, close, volume = (bars[name] for name in ("high", "low", "close", "volume"))
     change = np.diff((high + low + close) / 3, prepend=np.nan)
     moved = np.where(change == 0, 0.0, volume)
-    flow = talib.MFI(high, low, close, volume * 2.0**100, 14)
-    return _bounded(flow, talib.MAX(moved, 14) == 0, 50, 0, 100)
+    return _bounded(talib.MFI(high, low, close, volume, 14), talib.MAX(moved, 14) == 0, 50, 0, 100)
 
-# %% ../../nbs/data/12b_indicators.ipynb #7a8237fd
+# %% ../../nbs/data/12b_indicators.ipynb #7844399d
 def macd_diff(
     bars: Columns,  # reads close
     *,
@@ -133,7 +127,7 @@ def atr(
     average = talib.ATR(bars["high"], bars["low"], bars["close"], 14)
     return average / bars["close"] if relative else average
 
-# %% ../../nbs/data/12b_indicators.ipynb #326b84a8
+# %% ../../nbs/data/12b_indicators.ipynb #33f1661e
 def sma_distance(
     bars: Columns,  # reads close
     *,
@@ -142,32 +136,25 @@ def sma_distance(
     """(n) log distances of the close from its mean over `period` bars."""
     return np.log(bars["close"] / talib.SMA(bars["close"], period))
 
-# %% ../../nbs/data/12b_indicators.ipynb #46d59de6
+# %% ../../nbs/data/12b_indicators.ipynb #73279287
 def bollinger_width(
     bars: Columns,  # reads close
 ) -> np.ndarray:
     """(n) widths of the bands as a share of their middle."""
-    mean, deviation, still = _bands(bars["close"])
-    return _after(19, np.where(still, 0, 4 * deviation / mean))
+    upper, middle, lower = talib.BBANDS(bars["close"], 20, 2, 2)
+    return np.where(_stood_still(bars["close"], bars["close"], 20), 0, (upper - lower) / middle)
 
 
 def bollinger_position(
     bars: Columns,  # reads close
 ) -> np.ndarray:
     """(n) places of the close: 0 on the lower band, 1 on the upper."""
-    mean, deviation, still = _bands(bars["close"])
-    off_middle = np.divide(bars["close"][19:] - mean, 4 * deviation, out=np.zeros_like(mean), where=~still)
-    return _after(19, 0.5 + off_middle)
+    close = bars["close"]
+    upper, middle, lower = talib.BBANDS(close, 20, 2, 2)
+    apart = (upper > lower) & ~_stood_still(close, close, 20)
+    return np.divide(close - lower, upper - lower, out=np.where(np.isnan(middle), np.nan, 0.5), where=apart)
 
-# %% ../../nbs/data/12b_indicators.ipynb #fa0e42e7
-def _bands(close: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, deviation and standstill of each window of 20 bars."""
-    windows = [close[k : len(close) - 19 + k] for k in range(20)]
-    mean = sum(windows) / 20
-    deviation = np.sqrt(sum((window - mean) ** 2 for window in windows) / 20)
-    return mean, deviation, _stood_still(close, close, 20)[19:]
-
-# %% ../../nbs/data/12b_indicators.ipynb #9a2d8a89
+# %% ../../nbs/data/12b_indicators.ipynb #dbe00efb
 def obv_slope(
     bars: Columns,  # reads close, volume
 ) -> np.ndarray:
@@ -191,7 +178,7 @@ def taker_buy_ratio(
     taker, volume = bars["taker_buy_base_asset_volume"], bars["volume"]
     return np.clip(np.divide(taker, volume, out=np.full_like(volume, 0.5), where=volume != 0), 0, 1)
 
-# %% ../../nbs/data/12b_indicators.ipynb #311c7f1c
+# %% ../../nbs/data/12b_indicators.ipynb #b00cc290
 def hour_wave(
     bars: Columns,  # reads ts
     *,

@@ -52,7 +52,8 @@ def _map_columns(names: list, what: str) -> dict:
     missing = [column for column in ("ts", *BAR_COLUMNS[:5]) if column not in found.values()]
     if missing:
         todo = "Name them in the first line as Binance does, or open_time, open, high, low, close, volume."
-        raise DataError(f"{what} lacks the columns {', '.join(missing)}", received=list(names), next_step=todo)
+        shown = [str(name)[:30] for name in names[:20]]  # a binary file may be one long line
+        raise DataError(f"{what} lacks the columns {', '.join(missing)}", received=shown, next_step=todo)
     return found
 
 # %% ../../nbs/data/11_sources.ipynb #f00d2ca4

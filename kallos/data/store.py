@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['connect', 'WriteReport', 'write_bars', 'list_assets', 'read_bars', 'write_features', 'read_features']
 
-# %% ../../nbs/data/12_store.ipynb #96566b4e
+# %% ../../nbs/data/12_store.ipynb #58a44174
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 
@@ -19,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from ..core.errors import DataError
 from ..core.schemas import BAR_COLUMNS, timeframe_delta
 from .bars import to_utc
-from .database import UtcTime, open_engine, reading, redact, to_url, writing
+from .database import Database, UtcTime, open_engine, reading, redact, to_url, writing
 
 # %% ../../nbs/data/12_store.ipynb #b53ec012
 _METADATA = sa.MetaData()
@@ -45,9 +44,9 @@ _ASSETS = sa.Table(
 _BARS = _keyed_table("bars", BAR_COLUMNS, _METADATA, sa.Column("is_filled", sa.Boolean))
 _FEATURES = _keyed_table("features", BAR_COLUMNS, _METADATA)
 
-# %% ../../nbs/data/12_store.ipynb #d341b7ba
+# %% ../../nbs/data/12_store.ipynb #f4dac7ca
 def connect(
-    db: str | sa.URL | Mapping[str, object] | None = None,  # as for `kallos.data.database.to_url`
+    db: Database = None,  # URL, login keywords, or None, as for `kallos.data.database.to_url`
     *,
     create: bool = True,  # make the file and the tables if they are missing
 ) -> sa.Engine:
@@ -245,7 +244,8 @@ def _add_columns(connection: sa.Connection, names: list[str]) -> None:
     if wrong:
         raise DataError("names of features are lower case letters, digits and _", wrong, "Rename them.")
     kind = sa.Double().compile(dialect=connection.dialect)
-    for name in sorted(set(names) - set(_feature_columns(connection))):
+    there = set(_feature_columns(connection))
+    for name in (name for name in names if name not in there):
         connection.exec_driver_sql(f"ALTER TABLE features ADD COLUMN {name} {kind}")
 
 # %% ../../nbs/data/12_store.ipynb #32b94450
@@ -259,9 +259,8 @@ def write_features(
     """The number of rows that now stand in the place of the asset's former ones; DataError if it has no bars."""
     names, key = [name for name in features if name != "ts"], (asset_id, timeframe)
     with writing(engine) as connection:
-        if not connection.scalar(
-            sa.select(_BARS.c.ts).where(_BARS.c.asset_id == asset_id, _BARS.c.timeframe == timeframe)
-        ):
+        mine = sa.select(_BARS.c.ts).where(_BARS.c.asset_id == asset_id, _BARS.c.timeframe == timeframe)
+        if connection.scalar(mine.limit(1)) is None:
             raise _nothing_found(connection, _BARS, key, "any")
         _add_columns(connection, names)
         table = _keyed_table("features", names, sa.MetaData())

@@ -2,4 +2,14 @@
 
 from kallos import lazy
 
-__getattr__, __dir__, __all__ = lazy(__name__, {})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "verdict": (
+            "DieboldMariano",
+            "Verdict",
+            "diebold_mariano",
+            "judge",
+        ),
+    },
+)

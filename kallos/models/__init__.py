@@ -2,4 +2,80 @@
 
 from kallos import lazy
 
-__getattr__, __dir__, __all__ = lazy(__name__, {})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "preprocessing": (
+            "FeatureTransformer",
+            "create_feature_transformer",
+            "inverse_target",
+        ),
+        "datasets": (
+            "DartsFold",
+            "TARGETS",
+            "VALIDATION_SHARE",
+            "add_target",
+            "calculate_dynamic_wf_kwargs",
+            "get_walk_forward_splits",
+            "load_features_from_db",
+            "load_table",
+            "prepare_darts_timeseries",
+        ),
+        "architectures": (
+            "MODELS",
+            "ModelSpec",
+            "Space",
+            "check_model_name",
+            "create_model",
+            "longest_input",
+            "suggest_hyperparameters",
+        ),
+        "parameters": (
+            "merge_params",
+            "read_params",
+        ),
+        "validation": (
+            "BestWeights",
+            "Fit",
+            "FitPlan",
+            "FoldResult",
+            "fit_fold",
+            "forecast_after",
+            "forecast_fold",
+            "prepare_fold",
+            "run_fold",
+            "validate",
+        ),
+        "studies": (
+            "GRACE_SECONDS",
+            "HEARTBEAT_SECONDS",
+            "artifact_store",
+            "copy_to_sqlite",
+            "download_table",
+            "finished_trials",
+            "is_filled",
+            "is_open",
+            "open_study",
+            "run_budget",
+            "study_storage",
+            "upload_tables",
+        ),
+        "tuner": (
+            "best_params",
+            "best_params_path",
+            "fit_plan",
+            "objective",
+            "run_tuning",
+            "study_identity",
+            "study_layout",
+            "tune",
+        ),
+        "trainer": (
+            "TrainedModel",
+            "fit_all",
+            "load_trained",
+            "train",
+            "train_and_save_model",
+        ),
+    },
+)

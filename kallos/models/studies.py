@@ -44,7 +44,9 @@ def study_storage(
         settings.folder.mkdir(parents=True, exist_ok=True)
         url = URL.create("sqlite", database=str(settings.folder / "optuna.db"))
     text = url.render_as_string(hide_password=False)
-    return optuna.storages.RDBStorage(text, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # the heartbeat, experimental since 2021
+        return optuna.storages.RDBStorage(text, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
 
 # %% ../../nbs/models/24b_studies.ipynb #ae21da77
 def _schema_url(url: URL, schema: str) -> URL:

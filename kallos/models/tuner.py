@@ -195,17 +195,17 @@ def _spend(
     done = len(studies.finished_trials(study))
     log_event("study opened", study=study.study_name, finished=done, budget=settings.n_trials, rows=len(table))
     with tqdm(total=settings.n_trials, initial=done, desc=study.study_name, unit="trial", disable=not progress) as bar:
-        plan = replace(fit_plan(settings), on_epoch=lambda epoch: bar.set_postfix_str(f"epoch {epoch}{_best(study)}"))
+        plan = replace(fit_plan(settings), on_epoch=lambda *at: bar.set_postfix_str(_where(study, *at)))
 
         def run(trial: optuna.Trial) -> float:
             return objective(trial, folds, settings, artifact_store=store, plan=plan)
 
         studies.run_budget(study, run, settings, on_trial=lambda trial: _report(trial, bar))
 
-# %% ../../nbs/models/25_tuner.ipynb #7e81a8f5
-def _best(study: optuna.Study) -> str:
+# %% ../../nbs/models/25_tuner.ipynb #727fce53
+def _where(study: optuna.Study, fold: int, epoch: int) -> str:
     values = [trial.value for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))]
-    return f", best {min(values):.4f}" if values else ""
+    return f"fold {fold + 1}, epoch {epoch}{f', best {min(values):.4f}' if values else ''}"
 
 
 def _report(trial: FrozenTrial, bar: tqdm) -> None:

@@ -10,6 +10,7 @@ __all__ = ['prepare_fold', 'BestWeights', 'FitPlan', 'Fit', 'fit_fold', 'forecas
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,7 +84,7 @@ class FitPlan:
     n_epochs: int = 30  # the most epochs
     patience: int | None = 5  # epochs without a better validation loss; None: no early stopping
     device: Device | None = None  # where networks train; one chosen by `resolve_device` if None
-    on_epoch: Callable[[int], None] | None = None  # called after each epoch, for a progress bar
+    on_epoch: Callable[[int, int], None] | None = None  # called with fold and epoch after each epoch
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def fit_fold(
 
 # %% ../../nbs/models/24_validation.ipynb #cccfcb86
 def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, plan: FitPlan, seed: int):
-    recorder = BestWeights(plan.on_epoch)
+    recorder = BestWeights(partial(plan.on_epoch, fold.fold) if plan.on_epoch else None)
     stop = [EarlyStopping("val_loss", patience=plan.patience)] if plan.patience else []
     model = create_model(
         settings.model_name,

@@ -163,7 +163,8 @@ class ReportEngine(Engine):
     ) -> None:
         """Executes what `nb_man` holds; KeyboardInterrupt if it was stopped, RuntimeError if its kernel died."""
         shown = {"stderr_file": sys.stderr, "coalesce_streams": True, "log": papermill_log}
-        client = _StoppableClient(nb_man, kernel_name=kernel_name, startup_timeout=60, **shown)
+        quiet = {"extra_arguments": ["--log-level=CRITICAL"]}  # the kernel's own log is no business of the terminal
+        client = _StoppableClient(nb_man, kernel_name=kernel_name, startup_timeout=60, **shown, **quiet)
         with _signals_to(client.on_signal):
             try:
                 client.execute(env=kernel_env, transport_encryption="auto" if zmq.has("curve") else "disabled")
@@ -184,7 +185,13 @@ class Report:
     notebook: Path
     html: Path
 
-# %% ../../nbs/workflow/52_reports.ipynb #53ab25ac
+# %% ../../nbs/workflow/52_reports.ipynb #99ca0177
+def _kernel_env(db_url: str | None) -> dict[str, str]:
+    # tqdm would rather draw widgets, which no report could show, and complains that it cannot
+    warnings = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found")))
+    return os.environ | {"PYTHONWARNINGS": warnings} | ({"KALLOS_DB_URL": db_url} if db_url else {})
+
+# %% ../../nbs/workflow/52_reports.ipynb #f3b6fa9c
 def run_notebook(
     notebook: str | Path,  # a run notebook's name, e.g. "tune", or the path of any notebook
     settings: Settings,  # become the notebook's parameters; those that are None keep the notebook's default
@@ -200,7 +207,7 @@ def run_notebook(
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
     try:
-        fault = _execute(source, running, parameters, os.environ | ({"KALLOS_DB_URL": db_url} if db_url else {}))
+        fault = _execute(source, running, parameters, _kernel_env(db_url))
         executed = _tidy(running, source, output)
         if fault:
             raise _failure(fault, executed, output)
@@ -208,7 +215,7 @@ def run_notebook(
     finally:
         running.unlink(missing_ok=True)
 
-# %% ../../nbs/workflow/52_reports.ipynb #9957b847
+# %% ../../nbs/workflow/52_reports.ipynb #5c49d7bf
 def _execute(source: Path, running: Path, parameters: dict[str, Any], kernel_env: dict[str, str]) -> Exception | None:
     """What stopped the run, or None if it went through."""
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, running)]
@@ -220,7 +227,7 @@ def _execute(source: Path, running: Path, parameters: dict[str, Any], kernel_env
         return error
     return None
 
-# %% ../../nbs/workflow/52_reports.ipynb #d0085f9d
+# %% ../../nbs/workflow/52_reports.ipynb #e624eeaa
 def _tidy(running: Path, source: Path, output: Path) -> NotebookNode:
     """The executed notebook, fit to be shown to anybody."""
     notebook = nbformat.read(running, as_version=4)
@@ -240,7 +247,7 @@ def _write(path: Path, text: str) -> Path:
         file.write(text)
     return path
 
-# %% ../../nbs/workflow/52_reports.ipynb #d2eb7f76
+# %% ../../nbs/workflow/52_reports.ipynb #e5db61f5
 def _failure(fault: Exception, executed: NotebookNode, output: Path) -> KallosError:
     """The error to raise for what stopped the run."""
     name, text = getattr(fault, "ename", type(fault).__name__), str(getattr(fault, "evalue", fault))
@@ -252,17 +259,18 @@ def _failure(fault: Exception, executed: NotebookNode, output: Path) -> KallosEr
     problem = f"{output.stem} stopped at {name}: {' '.join(text.split())[:300]}{hint}"
     return TrainingError(problem, next_step=f"The cell that failed is in {kept}.")
 
-# %% ../../nbs/workflow/52_reports.ipynb #229929c2
+# %% ../../nbs/workflow/52_reports.ipynb #d060a9e2
 _FIGURE = "application/vnd.plotly.v1+json"
 _LIBRARY = "plotly.min.js"
 _PAGE = """
 {%- extends 'index.html.j2' -%}
 {%- block html_head_js -%}<script src="LIBRARY"></script>{%- endblock -%}
+{%- block extra_css -%}<style>main { max-width: 70em; margin: auto }</style>{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block input_group -%}
-<details{% if 'parameters' in cell.metadata.tags | join(' ') %} open{% endif %}>
+<details{% if 'injected-parameters' in cell.metadata.tags %} open{% endif %}>
 <summary style="color: #888; cursor: pointer; font-size: small">code</summary>{{ super() }}</details>
 {%- endblock -%}
 """.replace("LIBRARY", _LIBRARY)
@@ -274,7 +282,7 @@ def _draw(output: NotebookNode, number: int) -> None:
     parts = {"include_plotlyjs": False, "full_html": False, "validate": False, "div_id": f"figure-{number}"}
     output.data["text/html"] = plotly.io.to_html(figure, **parts)
 
-# %% ../../nbs/workflow/52_reports.ipynb #ba66cae4
+# %% ../../nbs/workflow/52_reports.ipynb #6254843e
 def to_page(
     executed: NotebookNode,  # an executed notebook, which stays as it is
     *,
@@ -291,7 +299,7 @@ def to_page(
     exporter = HTMLExporter(raw_template=_PAGE, exclude_input_prompt=True, exclude_output_prompt=True)
     return exporter.from_notebook_node(notebook)[0]
 
-# %% ../../nbs/workflow/52_reports.ipynb #4624a875
+# %% ../../nbs/workflow/52_reports.ipynb #1832a1d2
 def _publish(executed: NotebookNode, output: Path) -> Report:
     """The report, written: notebook, page and plotly's library; what an earlier failure left goes."""
     page = to_page(executed, name=output.stem)

@@ -1,7 +1,7 @@
 """One fold's fit through kallos against the same network in a bare PyTorch loop, as a ratio, side by side in one run.
 
-Both sides train a GRU on the same rows, with the same batches a epoch, the same optimizer, the same number of epochs and a
-validation pass after each; the bare loop has its windows ready as tensors. Run it with `make bench`.
+Both sides train a GRU on the same rows, with the same batches an epoch, the same optimizer, the same number of epochs
+and a validation pass after each; the bare loop has its windows ready as tensors. Run it with `make bench`.
 """
 
 import argparse
@@ -103,10 +103,8 @@ def main() -> None:
             pairs += [pair] if repeat else []  # the first pair warms up
         ratios = sorted(ours / bare for ours, bare in pairs)
         ours, bare = (statistics.median(side) for side in zip(*pairs, strict=True))
-        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        print(
-            f"hidden {hidden:>3}: kallos {ours:.2f} s, bare {bare:.2f} s, ratio {statistics.median(ratios):.2f} ({spread})"
-        )
+        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"hidden {hidden:>3}: kallos {ours:.2f} s, bare {bare:.2f} s, ratio {ratio}")
 
 
 if __name__ == "__main__":
