@@ -143,12 +143,12 @@ def plot_learning_curves(
             y=rows["train_loss"], name=f"fold {fold}, training", line_dash="dot", showlegend=False, **shared
         )
         figure.add_scatter(y=rows["val_loss"], name=f"fold {fold}", **shared)
-    rows = history.reset_index(drop=True)  # the epochs of several folds may share their labels
+    rows = history.dropna(subset="val_loss").reset_index(drop=True)  # several folds may share their labels
     best = rows.loc[rows.groupby("fold")["val_loss"].idxmin()]
     mark = {"color": MARK, "size": 11, "symbol": "star", "line": {"width": 1, "color": "white"}}
     figure.add_scatter(x=best["epoch"], y=best["val_loss"], mode="markers", marker=mark, name="best epoch")
     figure.update_traces(selector={"mode": None}, mode="lines")
-    title = "Training (dotted) and validation (solid) loss"
+    title = "Training (dotted) and validation (solid) loss" if len(rows) else "Training loss"
     return _finish(figure, title, x="epoch", y="loss (scaled units, squared)", hovermode="x unified")
 
 # %% ../../nbs/core/06_plots.ipynb #4ce82fd3

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/core/03_runs.ipynb #d971cd5f
 _URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^\s:/@]*:)\S*@", re.IGNORECASE)
 _NAMED_SECRET = re.compile(
-    r"((?:password|passwd|pwd|secret|token|api_?key)['\"]?\s*[=:]\s*['\"]?)[^\s&;,'\"]+", re.IGNORECASE
+    r"((?:password|passwd|pwd|secret|token|api_?key)(?:\s*=\s*|['\"]\s*:\s*)['\"]?)[^\s&;,'\"]+", re.IGNORECASE
 )
 _SECRET_KEY = re.compile(r"(^|_)(password|passwd|pwd|secret|token|api_?key)$", re.IGNORECASE)
 
