@@ -429,6 +429,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                              'kallos/models/validation.py'),
                                           'kallos.models.validation.BestWeights.on_fit_end': ( 'models/validation.html#bestweights.on_fit_end',
                                                                                                'kallos/models/validation.py'),
+                                          'kallos.models.validation.BestWeights.on_train_batch_end': ( 'models/validation.html#bestweights.on_train_batch_end',
+                                                                                                       'kallos/models/validation.py'),
                                           'kallos.models.validation.BestWeights.on_train_epoch_end': ( 'models/validation.html#bestweights.on_train_epoch_end',
                                                                                                        'kallos/models/validation.py'),
                                           'kallos.models.validation.Fit': ('models/validation.html#fit', 'kallos/models/validation.py'),

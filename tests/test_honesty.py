@@ -1,6 +1,7 @@
 """What makes a number believable: the future changes nothing, validation rows train nothing, luck is not skill."""
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 
@@ -10,29 +11,20 @@ from kallos.data.features import compute_features
 from kallos.data.sources import sample_bars
 from kallos.evaluation.verdict import judge
 from kallos.models.datasets import DartsFold, add_target
-from kallos.models.tuner import study_layout
+from kallos.models.studies import run_budget
+from kallos.models.tuner import objective, study_layout
 from kallos.models.validation import FitPlan, forecast_after, prepare_fold, run_fold
 
 PARAMS = {
-    "gru": {"hidden_dim": 8, "n_rnn_layers": 2, "dropout": 0.2, "batch_size": 64, "input_chunk_length": 30}
-    | {"learning_rate": 3e-3},
+    "gru": {"hidden_dim": 32, "n_rnn_layers": 1, "batch_size": 64, "input_chunk_length": 30, "learning_rate": 3e-3},
     "linear": {"input_chunk_length": 4, "alpha": 100.0},
     "hist_gradient_boosting": {"input_chunk_length": 4, "max_iter": 20},
-}
-GROUPS = {
-    "volume_features": ["volume", "volume_ratio"],
-    "bounded_features": ["rsi"],
-    "unbounded_features": ["macd_diff", "log_return_1"],
 }
 
 
 def settings_of(model_name: str, target_col: str = "log_return", horizon: int = 1) -> TuneSettings:
-    return TuneSettings.from_values(
-        {
-            "asset_id": "BTC", "end_date": "2023-01-01", "model_name": model_name, "target_col": target_col,
-            "horizon": horizon, "feature_groups": GROUPS, "folds": 3,
-        }
-    )  # fmt: skip
+    what = {"model_name": model_name, "target_col": target_col, "horizon": horizon}
+    return TuneSettings.from_values({"asset_id": "BTC", "end_date": "2023-01-01", "folds": 3, "n_trials": 6} | what)
 
 
 def rows_of(bars: pd.DataFrame, settings: TuneSettings) -> pd.DataFrame:
@@ -103,14 +95,23 @@ def test_a_training_row_does_change_the_score(bars):
     assert score(wild, settings, 0, layout)[0] != score(table, settings, 0, layout)[0]
 
 
-def verdict_of(seed: int, signal: float, model_name: str, n_epochs: int | None = None):
-    """The verdict on the rows after the end date of a market, of a model trained on what was known by then."""
+def tuned(table: pd.DataFrame, settings: TuneSettings) -> dict:
+    """The best of a few trials on walk-forward folds of the rows known by the end date."""
+    known = table.loc[: settings.end_date]
+    folds = [prepare_fold(known, bounds, settings) for bounds in study_layout(known, settings)]
+    study = optuna.create_study()
+    run_budget(study, lambda trial: objective(trial, folds, settings), settings, on_trial=lambda trial: None)
+    return study.best_params
+
+
+def verdict_of(seed: int, signal: float, model_name: str):
+    """The verdict on the rows after the end date of a market, of a model made from what was known by then."""
     settings = settings_of(model_name)
-    market = sample_bars(timeframe="1d", seed=seed, signal=signal)
-    end = pd.Timestamp("2023-01-01", tz="UTC")
-    result = forecast_after(rows_of(market, settings), end, PARAMS[model_name], settings, n_epochs=n_epochs)
-    assert result.forecasts["ts"].min() >= end
-    return judge(result.forecasts)
+    table = rows_of(sample_bars(timeframe="1d", seed=seed, signal=signal), settings)
+    params = tuned(table, settings) if model_name == "linear" else PARAMS[model_name]
+    forecasts = forecast_after(table, settings.end_date, params, settings, n_epochs=5).forecasts
+    assert forecasts["ts"].min() >= settings.end_date
+    return judge(forecasts)
 
 
 def test_a_linear_model_finds_what_is_there():
@@ -126,7 +127,7 @@ def test_a_linear_model_finds_nothing_on_a_martingale():
 @pytest.mark.soak
 @pytest.mark.parametrize("model_name", ["linear", "gru"])
 def test_forty_martingales_show_no_more_skill_than_chance(model_name):
-    found = [seed for seed in range(40) if verdict_of(seed, 0.0, model_name, n_epochs=8).has_skill]
+    found = [seed for seed in range(40) if verdict_of(seed, 0.0, model_name).has_skill]
     print(f"{model_name}: {len(found)} of 40 martingales show skill at the 5 % level: {found}")
     assert len(found) <= 5
 
@@ -134,7 +135,7 @@ def test_forty_martingales_show_no_more_skill_than_chance(model_name):
 @pytest.mark.soak
 @pytest.mark.parametrize("model_name", ["linear", "gru"])
 def test_the_predictable_market_is_found(model_name):
-    verdicts = [verdict_of(seed, 0.2, model_name, n_epochs=8) for seed in range(10)]
+    verdicts = [verdict_of(seed, 0.2, model_name) for seed in range(10)]
     print(
         f"{model_name}: skill {[round(v.skill, 4) for v in verdicts]}, found {sum(v.has_skill for v in verdicts)} of 10"
     )

@@ -112,9 +112,9 @@ SchemaName = Annotated[str, AfterValidator(_check_schema)]
 class FeatureGroups(Settings):
     """The features a model sees, by the way in which they are scaled."""
 
-    volume_features: list[str] = ["volume", "volume_ratio"]
+    volume_features: list[str] = ["volume_ratio"]
     bounded_features: list[str] = ["rsi", "mfi"]
-    unbounded_features: list[str] = ["macd_diff"]
+    unbounded_features: list[str] = ["macd_diff_relative", "realised_volatility_30"]
 
     @property
     def names(self) -> list[str]:

@@ -58,23 +58,26 @@ class BestWeights(pl.Callback):
     """Records losses by epoch, and gives the network the weights of its best validation loss at the end."""
 
     def __init__(self, on_epoch: Callable[[int], None] | None = None):
-        self.rows, self.best_loss, self.best_epoch, self._weights = [], np.inf, None, None
-        self._on_epoch = on_epoch or (lambda epoch: None)
+        self.rows, self.best_loss, self.best_epoch = [], np.inf, None
+        self._batches, self._weights, self._on_epoch = [], None, on_epoch or (lambda epoch: None)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Notes the batch's loss and size; Lightning itself keeps only the last batch of an epoch."""
+        self._batches.append((float(outputs["loss"]), len(batch.future_target)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the epoch's losses; a better validation loss than ever keeps a copy of the weights."""
-        losses = {name: float(trainer.callback_metrics.get(name, np.nan)) for name in ("train_loss", "val_loss")}
-        epoch = trainer.current_epoch + 1
-        self.rows.append({"epoch": epoch, **losses})
-        if losses["val_loss"] < self.best_loss:
-            self.best_loss, self.best_epoch = losses["val_loss"], epoch
+        losses, sizes, self._batches = *np.transpose(self._batches), []
+        val_loss, epoch = float(trainer.callback_metrics.get("val_loss", np.nan)), trainer.current_epoch + 1
+        self.rows.append({"epoch": epoch, "train_loss": np.average(losses, weights=sizes), "val_loss": val_loss})
+        if val_loss < self.best_loss:
+            self.best_loss, self.best_epoch = val_loss, epoch
             self._weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
         self._on_epoch(epoch)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the kept weights."""
-        if self._weights is not None:
-            pl_module.load_state_dict(self._weights)
+        pl_module.load_state_dict(self._weights or pl_module.state_dict())
 
 # %% ../../nbs/models/24_validation.ipynb #b050fd77
 @dataclass(frozen=True)
