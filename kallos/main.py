@@ -190,7 +190,7 @@ def tune(
     f"{_ALL_RUNS} params_file n_epochs {_THE_REST}",
     required="params_file",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json",
-    stopped="an earlier model is untouched, and the same command starts again.",
+    stopped="no model was replaced by half of another, and the same command starts again.",
 )
 def train(
     given: dict[str, Any],  # the options that were typed
@@ -208,11 +208,13 @@ def _in_words(
     metrics: dict[str, float],  # of the best trial: rmse, rmse_naive, rmse_price, rmse_price_naive, skill
 ) -> str:
     """The metrics as a sentence."""
-    percent = round(100 * metrics["skill"], 1)
+    percent = round(100 * (metrics["skill"] or 0), 1)
     verdict = "better than naive" if percent > 0 else "worse than naive" if percent < 0 else "no better than naive"
     pairs = {"RMSE": "rmse", "in price": "rmse_price"}
     said = [f"{word} {metrics[key]:,.4g} (naive {metrics[f'{key}_naive']:,.4g})" for word, key in pairs.items()]
-    return f"{', '.join(said)}; skill against the naive forecast: {percent:+.1f} % ({verdict})"
+    return (
+        f"{', '.join(said)}; skill against the naive forecast: {percent:+.1f} % ({verdict}) on the folds that chose it"
+    )
 
 # %% ../nbs/60_main.ipynb #b5a99853
 def _tell_files(settings: "RunSettings", *names: str) -> None:

@@ -280,7 +280,7 @@ def test_tune_tells_its_result_in_words_and_the_next_command_whole(in_process):
     code, said = in_process("tune", *RUN, "--output-path", "my models", "--end-date", "2023-01-01T06:00")
     assert code == 0, said
     assert "demo: 3 finished trials; the best is number 1" in said
-    assert "skill against the naive forecast: -1.3 % (worse than naive)" in said
+    assert "skill against the naive forecast: -1.3 % (worse than naive) on the folds that chose it" in said
     assert "  my models/gru_BTC_best_params.json\n" in said and "  my models/gru_BTC_tune.ipynb\n" in said
     assert (
         "kallos-run train --model-name gru --asset-id BTC --params-file 'my models/gru_BTC_best_params.json' "

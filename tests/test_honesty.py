@@ -24,7 +24,7 @@ PARAMS = {
 
 def settings_of(model_name: str, target_col: str = "log_return", horizon: int = 1) -> TuneSettings:
     what = {"model_name": model_name, "target_col": target_col, "horizon": horizon}
-    return TuneSettings.from_values({"asset_id": "BTC", "end_date": "2023-01-01", "folds": 3, "n_trials": 6} | what)
+    return TuneSettings.from_values({"asset_id": "BTC", "end_date": "2023-01-01", "folds": 3, "n_trials": 12} | what)
 
 
 def rows_of(bars: pd.DataFrame, settings: TuneSettings) -> pd.DataFrame:
@@ -38,9 +38,9 @@ def bars() -> pd.DataFrame:
 
 
 def score(table: pd.DataFrame, settings: TuneSettings, fold: int, layout) -> tuple[float, DartsFold]:
-    prepared = prepare_fold(table, layout[fold], settings)
+    prepared = prepare_fold(table, layout[fold], settings=settings)
     plan = FitPlan(n_epochs=3, device=resolve_device("cpu"))
-    return run_fold(prepared, PARAMS[settings.model_name], settings, plan=plan, seed=3).score, prepared
+    return run_fold(prepared, PARAMS[settings.model_name], settings=settings, plan=plan, seed=3).score, prepared
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_validation_rows_change_no_scaler(bars, target_col):
     layout = study_layout(table, settings)
     wild = table.copy()
     wild.iloc[layout[0].train_stop :] *= 3.7
-    ours, theirs = (prepare_fold(t, layout[0], settings) for t in (table, wild))
+    ours, theirs = (prepare_fold(t, layout[0], settings=settings) for t in (table, wild))
     names = [*settings.feature_groups.names, target_col]
     pd.testing.assert_frame_equal(
         ours.transformer.transform(table[names]), theirs.transformer.transform(table[names]), check_exact=True
@@ -98,9 +98,10 @@ def test_a_training_row_does_change_the_score(bars):
 def tuned(table: pd.DataFrame, settings: TuneSettings) -> dict:
     """The best of a few trials on walk-forward folds of the rows known by the end date."""
     known = table.loc[: settings.end_date]
-    folds = [prepare_fold(known, bounds, settings) for bounds in study_layout(known, settings)]
+    folds = [prepare_fold(known, bounds, settings=settings) for bounds in study_layout(known, settings)]
     study = optuna.create_study()
-    run_budget(study, lambda trial: objective(trial, folds, settings), settings, on_trial=lambda trial: None)
+    how = {"settings": settings, "storage": None, "on_trial": lambda trial: None}
+    run_budget(study, lambda trial: objective(trial, folds, settings=settings), **how)
     return study.best_params
 
 
@@ -109,7 +110,9 @@ def verdict_of(seed: int, signal: float, model_name: str):
     settings = settings_of(model_name)
     table = rows_of(sample_bars(timeframe="1d", seed=seed, signal=signal), settings)
     params = tuned(table, settings) if model_name == "linear" else PARAMS[model_name]
-    forecasts = forecast_after(table, settings.end_date, params, settings, n_epochs=5).forecasts
+    forecasts = forecast_after(
+        table, settings.end_date, hyperparameters=params, settings=settings, n_epochs=5
+    ).forecasts
     assert forecasts["ts"].min() >= settings.end_date
     return judge(forecasts)
 

@@ -83,8 +83,8 @@ def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
         SMALL | {"n_trials": 12, "output_path": str(tmp_path / "whole"), "study_name": "whole"}
     )
     table = load_table(settings, market)
-    folds = [prepare_fold(table, bounds, settings) for bounds in study_layout(table, settings)]
-    assert [objective(trial, folds, settings) for trial in trials] == [trial.value for trial in trials]
+    folds = [prepare_fold(table, bounds, settings=settings) for bounds in study_layout(table, settings)]
+    assert [objective(trial, folds, settings=settings) for trial in trials] == [trial.value for trial in trials]
     if stop == signal.SIGINT:  # nothing but the time of the stop was lost: the study is that of a run without a stop
         whole = tune(settings, db=market, progress=False)
         by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
@@ -129,8 +129,8 @@ def test_forecasts_of_every_trial_are_kept(market, tmp_path):
         assert {"fold_rmse_price", "fold_rmse_price_naive", "fold_skill", "fold_epochs", "fold_seconds"} <= set(
             trial.user_attrs
         )
-        folds = [prepare_fold(table, bounds, settings) for bounds in layout]
-        assert objective(trial, folds, settings) == trial.value
+        folds = [prepare_fold(table, bounds, settings=settings) for bounds in layout]
+        assert objective(trial, folds, settings=settings) == trial.value
 
 
 @pytest.mark.parametrize(

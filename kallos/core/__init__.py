@@ -40,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy(
             "as_parameters",
             "find_file",
             "notebook_parameters",
+            "parse_moment",
             "project_root",
             "read_feature_groups",
             "read_yaml",

@@ -33,16 +33,12 @@ def resolve_device(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     *,
     precision: str = "auto",  # "auto", "32", "bf16" or "16"
-    n_threads: int | None = None,  # CPU threads for one fit; all that this process may use if None
+    n_threads: int = 1,  # CPU threads for one fit
 ) -> Device:
     """The device to train on; ConfigError on an unknown name or on one that this machine cannot provide."""
     _check_choice("device", device, ("auto", "cpu", "cuda"))
     _check_choice("precision", precision, ("auto", "32", "bf16", "16"))
     accelerator = _accelerator(device)
-    if n_threads is None:
-        from joblib import cpu_count
-
-        n_threads = cpu_count()
     return Device(accelerator, _precision(precision, accelerator), n_threads)
 
 

@@ -287,7 +287,8 @@ def verify_manifest(
 ) -> dict:
     """The manifest, if every file it names is unchanged; ArtifactError naming each file that is missing or differs."""
     manifest = read_json(path, what="manifest")
-    if manifest.get("schema") != 1:
+    shape = {"schema": int, "kind": str, "settings": dict, "artifacts": dict}
+    if manifest.get("schema") != 1 or not all(isinstance(manifest.get(key), kind) for key, kind in shape.items()):
         raise ArtifactError("the manifest is of another make", manifest.get("schema"), "This version reads schema 1.")
     found = {name: _artifact_fault(item, Path(path).parent) for name, item in manifest["artifacts"].items()}
     if faults := [f"{name} is {fault}" for name, fault in found.items() if fault]:

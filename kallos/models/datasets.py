@@ -80,13 +80,20 @@ def load_table(
     db_kwargs: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
 ) -> pd.DataFrame:
     """The rows known by the end date, with close, features and target; DataError as in `load_features_from_db`."""
+    create_feature_transformer(settings.feature_groups, target_col=settings.target_col)  # refuses unknown features
     names = settings.feature_groups.names
     table = load_features_from_db(
         settings.asset_id, settings.end_date, db_kwargs, timeframe=settings.timeframe, columns=names
     )
-    return add_target(table, settings.target_col, timeframe=settings.timeframe)
+    rows = add_target(table, settings.target_col, timeframe=settings.timeframe)
+    if rows.empty:
+        todo = "Use a later --end-date, or ingest more bars."
+        raise DataError(
+            f"no row of {settings.asset_id} has a {settings.target_col} yet", received=len(table), next_step=todo
+        )
+    return rows
 
-# %% ../../nbs/models/21_datasets.ipynb #12034beb
+# %% ../../nbs/models/21_datasets.ipynb #dd6a09ec
 VALIDATION_SHARE = 0.4
 
 
@@ -108,7 +115,7 @@ def calculate_dynamic_wf_kwargs(
     sizes = {"folds": folds, "val_length": length, "train_length": n_rows - folds * length - hole, "step": length}
     return sizes | {"horizon": horizon, "embargo": embargo, "train_window": train_window}
 
-# %% ../../nbs/models/21_datasets.ipynb #4692eb6b
+# %% ../../nbs/models/21_datasets.ipynb #768f1a67
 def _check_sizes(n_rows: int, chunk: int, hole: int, folds: int, val_length: int | None) -> None:
     if val_length is not None and val_length < chunk:
         todo = f"Use at least {chunk}: the longest input chunk and the horizon."
@@ -118,7 +125,7 @@ def _check_sizes(n_rows: int, chunk: int, hole: int, folds: int, val_length: int
         todo = "Load more data, or use fewer folds, a shorter validation window or a shorter input chunk."
         raise DataError(f"{folds} folds need at least {needed} rows", received=n_rows, next_step=todo)
 
-# %% ../../nbs/models/21_datasets.ipynb #bf81cffd
+# %% ../../nbs/models/21_datasets.ipynb #507cc33a
 def get_walk_forward_splits(
     df: pd.DataFrame,  # rows by rising time
     **wf_kwargs: Any,  # arguments of `WalkForwardSplit`, as `calculate_dynamic_wf_kwargs` returns them
@@ -127,7 +134,7 @@ def get_walk_forward_splits(
     for train, val in WalkForwardSplit(**wf_kwargs).split(df):
         yield df.iloc[train], df.iloc[val]
 
-# %% ../../nbs/models/21_datasets.ipynb #721b1e32
+# %% ../../nbs/models/21_datasets.ipynb #b8598686
 @dataclass(frozen=True)
 class DartsFold:
     """A fold as scaled float32 series: lists of contiguous segments, target and features side by side."""
@@ -139,7 +146,7 @@ class DartsFold:
     transformer: FeatureTransformer  # fitted on the training rows
     truth: pd.DataFrame  # close and target, unscaled, of the validation rows and the rows before them
 
-# %% ../../nbs/models/21_datasets.ipynb #b6d117eb
+# %% ../../nbs/models/21_datasets.ipynb #daa3058c
 def prepare_darts_timeseries(
     train_df: pd.DataFrame,  # training rows, with target and features
     val_df: pd.DataFrame,  # validation rows
@@ -154,7 +161,7 @@ def prepare_darts_timeseries(
 ) -> DartsFold:
     """The fold as scaled series; DataError if no stretch of one side is long enough for a forecast."""
     groups, shortest = read_feature_groups(feature_groups), lookback + horizon
-    transformer = create_feature_transformer(groups, target_col=target_col).fit(train_df)
+    transformer = _fitted(train_df, groups, target_col)
     around = val_df if context_df is None else pd.concat([context_df, val_df])
     train, val = (_pairs(rows, transformer, target_col, groups.names, timeframe) for rows in (train_df, around))
     val = [_lead(pair, val_df.index[0], shortest - 1) for pair in val]
@@ -165,7 +172,17 @@ def prepare_darts_timeseries(
             raise DataError(problem, received=shortest, next_step="Fill the gaps, or use a longer window.")
     return DartsFold(fold, *sides.values(), lookback, transformer, around[list({"close": 0, target_col: 0})])
 
-# %% ../../nbs/models/21_datasets.ipynb #fe27440b
+# %% ../../nbs/models/21_datasets.ipynb #40eee47e
+def _fitted(train_df: pd.DataFrame, groups: FeatureGroups, target_col: str) -> FeatureTransformer:
+    transformer = create_feature_transformer(groups, target_col=target_col).fit(train_df)
+    if transformer.target_scaler.var_[0] == 0:
+        todo = "Check the bars; a market that stands still cannot be forecast."
+        raise DataError(
+            f"{target_col} is the same in all {len(train_df)} training rows", train_df[target_col].iloc[0], todo
+        )
+    return transformer
+
+# %% ../../nbs/models/21_datasets.ipynb #a179dde4
 def _pairs(table: pd.DataFrame, transformer: FeatureTransformer, target_col: str, features: list[str], timeframe: str):
     if table.empty:
         return []
@@ -183,7 +200,7 @@ def _pair(part: pd.DataFrame, target_col: str, features: list[str], timeframe: s
 def _series(times: pd.DatetimeIndex, values: pd.DataFrame) -> TimeSeries:
     return TimeSeries(times, values.to_numpy("float32"), components=list(values.columns))
 
-# %% ../../nbs/models/21_datasets.ipynb #8e0e5a72
+# %% ../../nbs/models/21_datasets.ipynb #452d9bb5
 def _long_enough(pairs: list[tuple[TimeSeries, TimeSeries]], rows: int) -> list[tuple[TimeSeries, TimeSeries]]:
     return [pair for pair in pairs if len(pair[0]) >= rows]
 

@@ -9,8 +9,8 @@ __all__ = ['read_params', 'merge_params']
 from pathlib import Path
 from typing import Any
 
-from ..core.config import find_file
-from ..core.errors import ConfigError
+from ..core.config import find_file, parse_moment, read_feature_groups
+from ..core.errors import ArtifactError, ConfigError
 from ..core.runs import read_json
 
 # %% ../../nbs/models/23b_parameters.ipynb #ec7d77e7
@@ -19,23 +19,41 @@ def read_params(
 ) -> dict[str, Any]:
     """The file's content, with `hyperparameters` as a table of their own; ArtifactError if it cannot be read."""
     params = read_json(find_file(path), what="parameters file")
-    return params if isinstance(params.get("hyperparameters"), dict) else {"hyperparameters": params}
+    params = params if "hyperparameters" in params else {"hyperparameters": params}
+    if not isinstance(params["hyperparameters"], dict):
+        raise ArtifactError(f"the hyperparameters of {path} are no table", received=params["hyperparameters"])
+    return params
 
-# %% ../../nbs/models/23b_parameters.ipynb #77a6e388
+# %% ../../nbs/models/23b_parameters.ipynb #9fc26e97
+_QUESTION = ("model_name", "asset_id", "timeframe", "target_col", "horizon", "feature_groups")
+
+
 def merge_params(
     values: dict[str, Any],  # settings that the caller gave; None means not given
     params_file: str | Path,  # what tuning wrote
 ) -> dict[str, Any]:
-    """The caller's values, completed from the file; ConfigError if the file is another model's."""
-    found = read_params(params_file)
-    given = {name: value for name, value in values.items() if value is not None}
-    tuned = found.get("model_name", given.get("model_name"))
-    if given.get("model_name", tuned) != tuned:
-        todo = f"Use --model-name {tuned}, or the file that tuning {given['model_name']} wrote."
-        raise ConfigError(f"{params_file} holds parameters of {tuned}", received=given["model_name"], next_step=todo)
-    shared = ("model_name", "timeframe", "target_col", "horizon", "feature_groups", "n_epochs")
-    return (
-        {name: found[name] for name in shared if found.get(name) is not None}
-        | given
-        | {"params_file": str(params_file)}
-    )
+    """The caller's values, completed from the file; ConfigError if the file was tuned for another question."""
+    found, given = read_params(params_file), {name: value for name, value in values.items() if value is not None}
+    both = [name for name in _QUESTION if name in found and name in given]
+    differs = [name for name in both if _plain(name, given[name]) != _plain(name, found[name])]
+    if differs:
+        said = "; ".join(f"{name}: tuned for {found[name]}, given {given[name]}" for name in differs)
+        todo = "Leave these out, or tune for them; a plain JSON table of hyperparameters serves any question."
+        raise ConfigError(f"{params_file} was tuned for something else: {said}", next_step=todo)
+    _check_end(found, given, params_file)
+    tuned = {name: found[name] for name in (*_QUESTION, "n_epochs") if found.get(name) is not None}
+    return tuned | given | {"params_file": str(params_file)}
+
+# %% ../../nbs/models/23b_parameters.ipynb #c5c356e4
+def _plain(name: str, value: Any) -> Any:
+    return read_feature_groups(value) if name == "feature_groups" else value
+
+
+def _check_end(found: dict[str, Any], given: dict[str, Any], params_file: str | Path) -> None:
+    if (
+        "end_date" in found
+        and "end_date" in given
+        and parse_moment(given["end_date"]) < parse_moment(found["end_date"])
+    ):
+        problem = f"{params_file} was tuned on rows up to {found['end_date']}, later than this training may see"
+        raise ConfigError(problem, received=given["end_date"], next_step="Use that end date, or tune with this one.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEARTBEAT_SECONDS', 'GRACE_SECONDS', 'study_storage', 'open_study', 'artifact_store', 'upload_tables',
-           'download_table', 'is_filled', 'finished_trials', 'is_open', 'run_budget', 'copy_to_sqlite']
+           'download_table', 'is_filled', 'finished_trials', 'is_open', 'run_budget', 'best_trial', 'copy_to_sqlite']
 
 # %% ../../nbs/models/24b_studies.ipynb #08dc72a5
 import tempfile
@@ -18,15 +18,17 @@ import numpy as np
 import optuna
 import pandas as pd
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta, upload_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
-from sqlalchemy import URL, create_engine
+from sqlalchemy import URL, inspect
 from sqlalchemy.schema import CreateSchema
 
 from ..core.config import TuneSettings, study_name
-from ..core.errors import ConfigError, TrainingError
+from ..core.errors import ArtifactError, ConfigError, TrainingError
+from ..core.logs import log_event
 from ..core.runs import derive_seed
-from ..data.store import to_url
+from ..data.database import open_engine, to_url, writing
 
 # %% ../../nbs/models/24b_studies.ipynb #e3b0939f
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
@@ -48,39 +50,47 @@ def study_storage(
         warnings.simplefilter("ignore", ExperimentalWarning)  # the heartbeat, experimental since 2021
         return optuna.storages.RDBStorage(text, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
 
-# %% ../../nbs/models/24b_studies.ipynb #ae21da77
+# %% ../../nbs/models/24b_studies.ipynb #c46cc992
 def _schema_url(url: URL, schema: str) -> URL:
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        connection.execute(CreateSchema(schema, if_not_exists=True))
+    engine = open_engine(url, create=True)
+    with writing(engine) as connection:
+        if schema not in inspect(connection).get_schema_names():  # the right to create one is needed only then
+            connection.execute(CreateSchema(schema))
     engine.dispose()
     return url.update_query_dict({"options": f"-csearch_path={schema}"})
 
-# %% ../../nbs/models/24b_studies.ipynb #827cdbcb
+# %% ../../nbs/models/24b_studies.ipynb #d1850b36
 def open_study(
     settings: TuneSettings,  # of the study
+    *,
     identity: dict[str, Any],  # as `study_identity` returns it
     storage: optuna.storages.BaseStorage,  # where the study is kept
 ) -> optuna.Study:
     """The study, new or resumed; ConfigError naming what differs if its trials could not be compared with new ones."""
     name = study_name(settings)
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
-    known = study.user_attrs.get("identity")
-    if known is None and not study.trials:
+    differs = _strangeness(study)
+    if not differs and "identity" not in study.user_attrs:
         study.set_user_attr("identity", identity)
-        known = identity
-    differs = _differences(known, identity) if known else ["it was not made by kallos"]
-    if study.direction != optuna.study.StudyDirection.MINIMIZE:
-        differs.append("direction: the study maximizes, an RMSE is minimized")
+    differs += _differences(study.user_attrs.get("identity", identity), identity)
     if differs:
         todo = "Give another --study-name, or the settings and data of that study."
-        raise ConfigError(
-            f"study {name!r} exists and its trials cannot be compared with new ones: {'; '.join(differs)}",
-            next_step=todo,
-        )
+        problem = f"study {name!r} exists and its trials cannot be compared with new ones: {'; '.join(differs)}"
+        raise ConfigError(problem, next_step=todo)
     return study
 
-# %% ../../nbs/models/24b_studies.ipynb #85da2e52
+# %% ../../nbs/models/24b_studies.ipynb #95e33373
+def _strangeness(study: optuna.Study) -> list[str]:
+    found = []
+    if study.trials and "identity" not in study.user_attrs:
+        found.append("it was not made by kallos")
+    if study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+        found.append("direction: the study does not minimize one value, an RMSE is minimized")
+    if "copied_from" in study.user_attrs:
+        found.append(f"it is a copy of a study in {study.user_attrs['copied_from']}")
+    return found
+
+
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return [
         f"{key}: the study has {_short(known.get(key))}, this run {_short(wanted[key])}"
@@ -105,6 +115,7 @@ def artifact_store(
 def upload_tables(
     trial: BaseTrial,  # a running trial
     tables: Mapping[str, pd.DataFrame],  # by name, e.g. "forecasts"
+    *,
     store: FileSystemArtifactStore,  # of the study
 ) -> None:
     """Leaves the tables with the trial as Parquet files; returns nothing."""
@@ -128,7 +139,11 @@ def download_table(
         raise ConfigError(f"trial {trial.number} left no {name}", next_step="Run the study with kallos-run tune.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.parquet"
-        download_artifact(artifact_store=store, file_path=str(path), artifact_id=found[-1].artifact_id)
+        try:
+            download_artifact(artifact_store=store, file_path=str(path), artifact_id=found[-1].artifact_id)
+        except ArtifactNotFound:
+            todo = "Use the --output-path of the run that made it."
+            raise ArtifactError(f"the {name} of trial {trial.number} are not in this folder", next_step=todo) from None
         return pd.read_parquet(path)
 
 # %% ../../nbs/models/24b_studies.ipynb #4cae0960
@@ -151,7 +166,9 @@ def finished_trials(
 # %% ../../nbs/models/24b_studies.ipynb #03b269f8
 def _next_slot(study: optuna.Study, n_trials: int) -> int | None:
     trials = study.get_trials(deepcopy=False)
-    waiting = [trial.user_attrs["slot"] for trial in trials if trial.state == TrialState.WAITING]
+    waiting = [
+        trial.user_attrs["slot"] for trial in trials if trial.state == TrialState.WAITING and "slot" in trial.user_attrs
+    ]
     taken = {trial.user_attrs.get("slot") for trial in trials if is_filled(trial) or trial.state == TrialState.RUNNING}
     return next((slot for slot in [*waiting, *range(n_trials)] if slot not in taken), None)
 
@@ -177,33 +194,61 @@ def _fail_stale(study: optuna.Study) -> None:
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
 
-# %% ../../nbs/models/24b_studies.ipynb #866c2deb
+# %% ../../nbs/models/24b_studies.ipynb #c8686b9f
+def _watch_running(study: optuna.Study, storage: optuna.storages.BaseStorage) -> None:
+    if isinstance(storage, optuna.storages.RDBStorage):
+        _fail_stale(study)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            storage.record_heartbeat(trial._trial_id)
+
+# %% ../../nbs/models/24b_studies.ipynb #08fffc23
 def run_budget(
     study: optuna.Study,  # new or resumed
     run: Callable[[optuna.Trial], float],  # the objective, of one argument
-    settings: TuneSettings,  # budget, seed and timeout
     *,
+    settings: TuneSettings,  # budget, seed and timeout
+    storage: optuna.storages.BaseStorage,  # where the study is kept
     on_trial: Callable[[FrozenTrial], None],  # called after each trial
 ) -> None:
     """Runs trials until every slot of the budget is filled or the timeout has passed; returns nothing."""
     deadline = time.monotonic() + (settings.timeout or np.inf)
+    _watch_running(study, storage)
     while is_open(study, settings.n_trials) and time.monotonic() < deadline:
         slot = _next_slot(study, settings.n_trials)
         if slot is None:
+            log_event("waiting for trials that another process runs", level="warning")
             time.sleep(HEARTBEAT_SECONDS)
             _fail_stale(study)
             continue
         _queue(study, slot, settings.seed)
         study.optimize(run, n_trials=1, catch=(TrainingError,), callbacks=[lambda _, trial: on_trial(trial)])
 
-# %% ../../nbs/models/24b_studies.ipynb #cad20a5f
+# %% ../../nbs/models/24b_studies.ipynb #b43070a7
+def best_trial(
+    study: optuna.Study,  # a study of kallos
+) -> FrozenTrial:
+    """The completed trial with the lowest value; TrainingError, with the reasons, if none completed."""
+    completed = [t for t in study.trials if t.state == TrialState.COMPLETE and "slot" in t.user_attrs]
+    if not completed:
+        reasons = list(dict.fromkeys(t.user_attrs["failure"] for t in study.trials if "failure" in t.user_attrs))
+        problem = f"no trial of {study.study_name} completed: {'; '.join(reasons[:3]) or 'the timeout came first'}"
+        raise TrainingError(problem, next_step="Raise the timeout, or mend what failed.")
+    return min(completed, key=lambda trial: trial.value)
+
+# %% ../../nbs/models/24b_studies.ipynb #bfd8d4cb
 def copy_to_sqlite(
     study: optuna.Study,  # kept elsewhere
-    storage: optuna.storages.BaseStorage,  # where it is kept
     path: Path,  # an SQLite file, made if absent; other studies in it are left alone
+    *,
+    storage: optuna.storages.BaseStorage,  # where it is kept
 ) -> None:
-    """Copies the study into the file, over an older copy of it; returns nothing."""
+    """Copies the study into the file, over an older copy of it; ConfigError if a study of that name began there."""
     copies = optuna.storages.RDBStorage(URL.create("sqlite", database=str(path)).render_as_string())
     if study.study_name in optuna.get_all_study_names(copies):
+        older = optuna.load_study(study_name=study.study_name, storage=copies)
+        if "copied_from" not in older.user_attrs:
+            todo = "Give another --study-name or another --output-path."
+            raise ConfigError(f"{path.name} holds a study of its own of that name", study.study_name, todo)
         optuna.delete_study(study_name=study.study_name, storage=copies)
     optuna.copy_study(from_study_name=study.study_name, from_storage=storage, to_storage=copies)
+    optuna.load_study(study_name=study.study_name, storage=copies).set_user_attr("copied_from", "PostgreSQL")

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 # %% ../../nbs/models/26_trainer.ipynb #054b7f9e
 def fit_all(
     table: pd.DataFrame,  # rows by `ts`, with features and target
-    hyperparameters: dict[str, Any],  # of the model
     settings: TrainSettings,  # model, features, target, horizon and seed
+    *,
+    hyperparameters: dict[str, Any],  # of the model
 ) -> tuple[Fit, DartsFold]:
     """The fit on all rows, and the rows as scaled series; ConfigError if a network is given no number of epochs."""
     if MODELS[settings.model_name].is_network and settings.n_epochs is None:
@@ -50,7 +51,7 @@ def fit_all(
         horizon=settings.horizon,
     )
     plan = FitPlan(n_epochs=settings.n_epochs or 1, patience=None)
-    return fit_fold(rows, hyperparameters, settings, plan=plan, seed=settings.seed), rows
+    return fit_fold(rows, hyperparameters, settings=settings, plan=plan, seed=settings.seed), rows
 
 # %% ../../nbs/models/26_trainer.ipynb #35657e58
 @dataclass(frozen=True)
@@ -96,21 +97,40 @@ def _prove(
 
 # %% ../../nbs/models/26_trainer.ipynb #7a5375ed
 def _save(
-    fit: Fit, rows: DartsFold, table: pd.DataFrame, settings: TrainSettings
-) -> tuple[dict[str, Path], np.ndarray]:
+    fit: Fit, rows: DartsFold, table: pd.DataFrame, settings: TrainSettings, hyperparameters: dict[str, Any]
+) -> TrainedModel:
     stem, folder = f"{settings.model_name}_{settings.asset_id}", settings.folder
     folder.mkdir(parents=True, exist_ok=True)
     expected = _forecast(fit.model, rows.transformer, rows, settings.horizon)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{stem}.") as temporary:
-        files = {"model": Path(temporary) / f"{stem}.pt", "scaler": Path(temporary) / f"{stem}_scaler.pkl"}
+        files = {"model": Path(temporary, f"{stem}.pt"), "scaler": Path(temporary, f"{stem}_scaler.pkl")}
         fit.model.save(str(files["model"]), clean=True)
         files["scaler"].write_bytes(pickle.dumps(rows.transformer))
         _prove(files, table, settings, rows, expected)
-        for path in Path(temporary).iterdir():
+        made = sorted(Path(temporary).iterdir())
+        manifest = Path(temporary, f"{stem}_manifest.json")
+        _write_manifest(manifest, made, settings, hyperparameters, table, fit)
+        for path in (*made, manifest):
             path.replace(folder / path.name)
-    return {name: folder / path.name for name, path in files.items()}, expected
+    kept = [folder / path.name for path in (*files.values(), manifest)]
+    return TrainedModel(*kept, fit.history, expected)
 
-# %% ../../nbs/models/26_trainer.ipynb #642ea547
+# %% ../../nbs/models/26_trainer.ipynb #cd3511d3
+def _write_manifest(
+    path: Path, files: list[Path], settings: TrainSettings, hyperparameters: dict, table: pd.DataFrame, fit: Fit
+) -> None:
+    span = {"rows": len(table), "first": table.index[0], "last": table.index[-1]}
+    write_manifest(
+        path,
+        "train",
+        settings=as_parameters(settings) | {"hyperparameters": hyperparameters},
+        seed=settings.seed,
+        data={"features": {"fingerprint": fingerprint(table), **span}},
+        artifacts=files,
+        timings={"fit_seconds": fit.seconds},
+    )
+
+# %% ../../nbs/models/26_trainer.ipynb #7b112c3e
 def train(
     settings: TrainSettings,  # of the final training
     *,
@@ -123,36 +143,14 @@ def train(
     start_log(settings.folder / f"{settings.model_name}_{settings.asset_id}_train.log")
     try:
         log_event("training begins", model=settings.model_name, rows=len(table), epochs=settings.n_epochs)
-        fit, rows = fit_all(table, hyperparameters, settings)
-        files, forecast = _save(fit, rows, table, settings)
-        log_event("saved, read back and compared", seconds=round(fit.seconds, 1), model=files["model"].name)
+        fit, rows = fit_all(table, settings, hyperparameters=hyperparameters)
+        trained = _save(fit, rows, table, settings, hyperparameters)
+        log_event("saved, read back and compared", seconds=round(fit.seconds, 1), model=trained.model_path.name)
+        return trained
     finally:
         stop_log()
-    manifest = _write_manifest(files, settings, hyperparameters, table, fit)
-    return TrainedModel(files["model"], files["scaler"], manifest, fit.history, forecast)
 
-# %% ../../nbs/models/26_trainer.ipynb #010cefd1
-def _write_manifest(
-    files: dict[str, Path], settings: TrainSettings, hyperparameters: dict, table: pd.DataFrame, fit: Fit
-) -> Path:
-    path = settings.folder / f"{settings.model_name}_{settings.asset_id}_manifest.json"
-    checkpoint = files["model"].with_name(files["model"].name + ".ckpt")
-    artifacts = [*files.values(), *([checkpoint] if MODELS[settings.model_name].is_network else [])]
-    data = {
-        "features": {
-            "fingerprint": fingerprint(table),
-            "rows": len(table),
-            "first": table.index[0],
-            "last": table.index[-1],
-        }
-    }
-    write_manifest(
-        path, "train", settings=as_parameters(settings) | {"hyperparameters": hyperparameters}, seed=settings.seed,
-        data=data, artifacts=artifacts, timings={"fit_seconds": fit.seconds},
-    )  # fmt: skip
-    return path
-
-# %% ../../nbs/models/26_trainer.ipynb #2c182ccf
+# %% ../../nbs/models/26_trainer.ipynb #44ff3dab
 def load_trained(
     manifest_path: str | Path,  # {model}_{asset}_manifest.json
 ) -> tuple["ForecastingModel", FeatureTransformer, dict[str, Any]]:
@@ -161,13 +159,14 @@ def load_trained(
     if manifest["kind"] != "train":
         raise ArtifactError("this is not the manifest of a training", received=manifest["kind"])
     settings, folder = manifest["settings"], Path(manifest_path).parent
+    is_network = check_model_name(settings["model_name"]).is_network
     stem = f"{settings['model_name']}_{settings['asset_id']}"
-    wanted = {f"{stem}.pt", f"{stem}_scaler.pkl"}
+    wanted = {f"{stem}.pt", f"{stem}_scaler.pkl"} | ({f"{stem}.pt.ckpt"} if is_network else set())
     if not wanted <= {item["path"] for item in manifest["artifacts"].values()}:
         raise ArtifactError("the manifest does not vouch for the model and its scaler", received=str(manifest_path))
     return *_read_back(folder / f"{stem}.pt", folder / f"{stem}_scaler.pkl", settings["model_name"]), manifest
 
-# %% ../../nbs/models/26_trainer.ipynb #9637df39
+# %% ../../nbs/models/26_trainer.ipynb #3e65975b
 def train_and_save_model(
     asset_id: str,  # as named at ingest
     end_date: str,  # the last moment that training may see, UTC

@@ -27,7 +27,7 @@ from ..core.runs import derive_seed, fingerprint, write_json
 from ..data.splits import FoldBounds, WalkForwardSplit
 from ..data.store import to_url
 from . import studies
-from .architectures import check_model_name, longest_input, suggest_hyperparameters
+from .architectures import MODELS, check_horizon, longest_input, suggest_hyperparameters
 from .datasets import DartsFold, calculate_dynamic_wf_kwargs, load_table
 from .validation import FitPlan, FoldResult, prepare_fold, validate
 
@@ -62,17 +62,17 @@ def study_identity(
         "seed",
     )
     values = as_parameters(settings)
-    space = {name: distribution_to_json(d) for name, d in check_model_name(settings.model_name).space.items()}
+    space = {name: distribution_to_json(d) for name, d in MODELS[settings.model_name].space.items()}
     bounds = [[b.train_start, b.train_stop, b.val_start, b.val_stop] for b in study_layout(table, settings)]
-    identity = {name: values[name] for name in shared}
+    identity = {name: values[name] for name in shared} | {"precision": fit_plan(settings).device.precision}
     return identity | {"fold_layout": bounds, "data_fingerprint": fingerprint(table), "search_space": space}
 
 # %% ../../nbs/models/25_tuner.ipynb #f8398b27
 def objective(
     trial: BaseTrial,  # draws the hyperparameters and keeps the results
     folds: list[DartsFold],  # prepared once for the study
-    settings: TuneSettings,  # of the study
     *,
+    settings: TuneSettings,  # of the study
     artifact_store: FileSystemArtifactStore
     | None = None,  # receives the fold forecasts and learning curves; none if None
     plan: FitPlan | None = None,  # how to run the fits; the settings' if None
@@ -82,7 +82,7 @@ def objective(
     seed = derive_seed(settings.seed, "trial", trial.user_attrs.get("slot", trial.number))
     results = []
     try:
-        for result in validate(folds, hyperparameters, settings, plan=plan or fit_plan(settings), seed=seed):
+        for result in validate(folds, hyperparameters, settings=settings, plan=plan or fit_plan(settings), seed=seed):
             trial.report(result.score, result.fold)
             results.append(result)
     except TrainingError as error:
@@ -90,7 +90,7 @@ def objective(
         raise
     _keep(trial, results, folds)
     if artifact_store is not None:
-        studies.upload_tables(trial, _tables(results), artifact_store)
+        studies.upload_tables(trial, _tables(results), store=artifact_store)
     return float(np.mean([result.score for result in results]))
 
 # %% ../../nbs/models/25_tuner.ipynb #1fe6cdef
@@ -139,7 +139,7 @@ def best_params(
     settings: TuneSettings,  # of the study
 ) -> dict[str, Any]:
     """What the final training needs to know of the best trial; TrainingError if no trial completed."""
-    best = _best_trial(study)
+    best = studies.best_trial(study)
     shared = ("model_name", "asset_id", "timeframe", "end_date", "target_col", "horizon", "feature_groups", "seed")
     names = ("skill", "score_naive", "rmse", "rmse_naive", "rmse_price", "rmse_price_naive")
     values = as_parameters(settings)
@@ -153,16 +153,7 @@ def best_params(
         "metrics": {"score": best.value, "folds": settings.folds, **{name: best.user_attrs[name] for name in names}},
     }
 
-# %% ../../nbs/models/25_tuner.ipynb #eed9d3c9
-def _best_trial(study: optuna.Study) -> FrozenTrial:
-    try:
-        return study.best_trial
-    except ValueError:
-        reasons = list(dict.fromkeys(t.user_attrs["failure"] for t in study.trials if "failure" in t.user_attrs))
-        problem = f"no trial of {study.study_name} completed: {'; '.join(reasons[:3]) or 'the timeout came first'}"
-        raise TrainingError(problem, next_step="Raise the timeout, or mend what failed.") from None
-
-# %% ../../nbs/models/25_tuner.ipynb #708a1805
+# %% ../../nbs/models/25_tuner.ipynb #810638d9
 def tune(
     settings: TuneSettings,  # of the study
     *,
@@ -170,56 +161,61 @@ def tune(
     progress: bool = True,  # a progress bar on standard error
 ) -> optuna.Study:
     """The study with its budget spent; the best parameters are written to the settings' folder."""
-    check_model_name(settings.model_name)
+    check_horizon(settings.model_name, settings.horizon)
     table = load_table(settings, db)
     identity, bounds = study_identity(table, settings), study_layout(table, settings)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = studies.study_storage(settings, db)
-    study = studies.open_study(settings, identity, storage)
+    study = studies.open_study(settings, identity=identity, storage=storage)
+    _copy(study, storage, settings, db)  # before the work too, because it may be refused
     if studies.is_open(study, settings.n_trials):
-        start_log(settings.folder / f"{settings.model_name}_{settings.asset_id}_tune.log", quiet=progress)
-        try:
-            _spend(study, table, bounds, settings, progress)
-        finally:
-            stop_log()
+        _spend(study, storage, [prepare_fold(table, b, settings=settings) for b in bounds], settings, progress)
+        _copy(study, storage, settings, db)
     write_json(best_params_path(settings), best_params(study, settings))
-    if to_url(db).get_backend_name() == "postgresql":
-        studies.copy_to_sqlite(study, storage, settings.folder / "optuna.db")
     return study
 
-# %% ../../nbs/models/25_tuner.ipynb #68ea5dbe
+
+def _copy(study: optuna.Study, storage: optuna.storages.BaseStorage, settings: TuneSettings, db: Any) -> None:
+    if to_url(db).get_backend_name() == "postgresql":
+        studies.copy_to_sqlite(study, settings.folder / "optuna.db", storage=storage)
+
+# %% ../../nbs/models/25_tuner.ipynb #1d8f81de
 def _spend(
-    study: optuna.Study, table: pd.DataFrame, bounds: list[FoldBounds], settings: TuneSettings, progress: bool
+    study: optuna.Study,
+    storage: optuna.storages.BaseStorage,
+    folds: list[DartsFold],
+    settings: TuneSettings,
+    progress: bool,
 ) -> None:
-    folds, store = [prepare_fold(table, b, settings) for b in bounds], studies.artifact_store(settings)
-    done = len(studies.finished_trials(study))
-    log_event("study opened", study=study.study_name, finished=done, budget=settings.n_trials, rows=len(table))
+    start_log(settings.folder / f"{settings.model_name}_{settings.asset_id}_tune.log", quiet=progress)
+    store, done = studies.artifact_store(settings), len(studies.finished_trials(study))
+    log_event("study opened", study=study.study_name, finished=done, budget=settings.n_trials)
     with tqdm(total=settings.n_trials, initial=done, desc=study.study_name, unit="trial", disable=not progress) as bar:
         plan = replace(fit_plan(settings), on_epoch=lambda *at: bar.set_postfix_str(_where(study, *at)))
 
         def run(trial: optuna.Trial) -> float:
-            return objective(trial, folds, settings, artifact_store=store, plan=plan)
+            return objective(trial, folds, settings=settings, artifact_store=store, plan=plan)
 
-        studies.run_budget(study, run, settings, on_trial=lambda trial: _report(trial, bar))
+        try:
+            studies.run_budget(
+                study, run, settings=settings, storage=storage, on_trial=lambda trial: _report(bar, trial)
+            )
+        finally:
+            stop_log()
 
-# %% ../../nbs/models/25_tuner.ipynb #727fce53
+# %% ../../nbs/models/25_tuner.ipynb #15ac8aab
 def _where(study: optuna.Study, fold: int, epoch: int) -> str:
     values = [trial.value for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))]
     return f"fold {fold + 1}, epoch {epoch}{f', best {min(values):.4f}' if values else ''}"
 
 
-def _report(trial: FrozenTrial, bar: tqdm) -> None:
+def _report(bar: tqdm, trial: FrozenTrial) -> None:
     if studies.is_filled(trial):
         bar.update()
-    said = {
-        "trial": trial.number,
-        "slot": trial.user_attrs.get("slot"),
-        "state": trial.state.name,
-        "score": trial.value,
-    }
-    log_event("trial ended", **said, skill=trial.user_attrs.get("skill"), failure=trial.user_attrs.get("failure"))
+    kept = {name: trial.user_attrs.get(name) for name in ("slot", "skill", "failure")}
+    log_event("trial ended", trial=trial.number, state=trial.state.name, score=trial.value, **kept)
 
-# %% ../../nbs/models/25_tuner.ipynb #ee250b2c
+# %% ../../nbs/models/25_tuner.ipynb #b381eccf
 def run_tuning(
     asset_id: str,  # as named at ingest
     end_date: str,  # the last moment that tuning may see, UTC

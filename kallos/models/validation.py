@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 def prepare_fold(
     table: pd.DataFrame,  # rows by `ts`, with features and target
     bounds: FoldBounds,  # positions of the fold
+    *,
     settings: RunSettings,  # model, features, target, horizon, timeframe
 ) -> DartsFold:
     """The fold as scaled series; DataError if a side has no stretch long enough."""
@@ -103,8 +104,8 @@ class Fit:
 def fit_fold(
     fold: DartsFold,  # prepared for this model
     hyperparameters: dict[str, Any],  # of the model
-    settings: RunSettings,  # model and horizon
     *,
+    settings: RunSettings,  # model and horizon
     plan: FitPlan,  # how to run the fit
     seed: int,  # of initial weights, batches and dropout
 ) -> Fit:
@@ -135,7 +136,8 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
         callbacks=[nan_guard(), recorder, *stop],
     )
     length = hyperparameters["input_chunk_length"]
-    val = _trim(fold, length, settings.horizon - 1) if plan.patience else []
+    more = length - 1 if MODELS[settings.model_name].is_shifted else settings.horizon - 1
+    val = _trim(fold, length, more) if plan.patience else []
     val = [pair for pair in val if len(pair[0]) >= length + settings.horizon]
     if plan.patience and not val:
         raise TrainingError(
@@ -161,8 +163,8 @@ def _trim(fold: DartsFold, input_chunk_length: int, more: int = 0) -> list:
 def forecast_fold(
     model: "ForecastingModel",  # fitted
     fold: DartsFold,  # what it is to forecast
-    settings: RunSettings,  # target, horizon and names
     *,
+    settings: RunSettings,  # target, horizon and names
     input_chunk_length: int,  # of the model
 ) -> pd.DataFrame:
     """The Forecasts table of the fold's validation rows; TrainingError if the model returns NaN or infinity."""
@@ -224,15 +226,17 @@ class FoldResult:
 def run_fold(
     fold: DartsFold,  # prepared for this model
     hyperparameters: dict[str, Any],  # of the model
-    settings: RunSettings,  # model, target, horizon and names
     *,
+    settings: RunSettings,  # model, target, horizon and names
     plan: FitPlan,  # how to run the fit
     seed: int,  # of the trial; each fold derives its own
 ) -> FoldResult:
     """The fold fitted, forecast and scored."""
-    fit = fit_fold(fold, hyperparameters, settings, plan=plan, seed=derive_seed(seed, "fold", fold.fold))
+    fit = fit_fold(fold, hyperparameters, settings=settings, plan=plan, seed=derive_seed(seed, "fold", fold.fold))
     begun = time.perf_counter()
-    forecasts = forecast_fold(fit.model, fold, settings, input_chunk_length=hyperparameters["input_chunk_length"])
+    forecasts = forecast_fold(
+        fit.model, fold, settings=settings, input_chunk_length=hyperparameters["input_chunk_length"]
+    )
     scale = float(fold.transformer.target_scaler.scale_[0])
     score = rmse(forecasts["y_true"], forecasts["y_pred"]) / scale
     return FoldResult(fold.fold, score, forecasts, fit, time.perf_counter() - begun)
@@ -241,25 +245,25 @@ def run_fold(
 def validate(
     folds: list[DartsFold],  # prepared for this model
     hyperparameters: dict[str, Any],  # of the model
-    settings: RunSettings,  # model, target, horizon and names
     *,
+    settings: RunSettings,  # model, target, horizon and names
     plan: FitPlan,  # how to run each fit
     seed: int,  # of the trial
 ) -> Iterator[FoldResult]:
     """Yields each fold's result as soon as it is there."""
     for fold in folds:
-        yield run_fold(fold, hyperparameters, settings, plan=plan, seed=seed)
+        yield run_fold(fold, hyperparameters, settings=settings, plan=plan, seed=seed)
 
-# %% ../../nbs/models/24_validation.ipynb #c2b4ff04
+# %% ../../nbs/models/24_validation.ipynb #48187240
 def forecast_after(
     table: pd.DataFrame,  # rows by `ts`, with features and target, reaching beyond the end
     end: pd.Timestamp,  # the last moment that training may see
+    *,
     hyperparameters: dict[str, Any],  # of the model
     settings: RunSettings,  # model, target, horizon and names
-    *,
     n_epochs: int | None,  # epochs of the fit; networks only
 ) -> FoldResult:
     """The forecasts of the rows after `end` by a model that was fitted on the rows known by then."""
-    fold = prepare_fold(table, date_bounds(table.index, end=end, horizon=settings.horizon), settings)
+    fold = prepare_fold(table, date_bounds(table.index, end=end, horizon=settings.horizon), settings=settings)
     plan = FitPlan(n_epochs=n_epochs or 1, patience=None)
-    return run_fold(fold, hyperparameters, settings, plan=plan, seed=settings.seed)
+    return run_fold(fold, hyperparameters, settings=settings, plan=plan, seed=settings.seed)

@@ -80,7 +80,7 @@ def kallos_fit(fold: DartsFold, hidden: int, epochs: int, settings: TuneSettings
         "input_chunk_length": CHUNK, "learning_rate": LEARNING_RATE,
     }  # fmt: skip
     plan = FitPlan(n_epochs=epochs, patience=epochs, device=resolve_device("cpu"))
-    return fit_fold(fold, hyperparameters, settings, plan=plan, seed=0).seconds
+    return fit_fold(fold, hyperparameters, settings=settings, plan=plan, seed=0).seconds
 
 
 def main() -> None:
@@ -89,13 +89,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as kallos does
     source, bars = load_bars()
     settings = TuneSettings.from_values({"asset_id": "BTC", "end_date": "2026-01-01"})
     table = add_target(compute_features(bars, timeframe="1d").set_index("ts"), settings.target_col, timeframe="1d")
     layout = calculate_dynamic_wf_kwargs(len(table), input_chunk_length=longest_input("gru"))
-    fold = prepare_fold(table, WalkForwardSplit(**layout).bounds(len(table))[-1], settings)
+    fold = prepare_fold(table, WalkForwardSplit(**layout).bounds(len(table))[-1], settings=settings)
     print(f"last of 5 folds of {source}: {len(fold.train[0][0])} training rows, {options.epochs} epochs,", end=" ")
-    print(f"{torch.get_num_threads()} threads, {options.repeats} pairs")
+    print(f"one thread, {options.repeats} pairs")
     for hidden in (32, 64, 128):
         pairs = []
         for repeat in range(options.repeats + 1):
