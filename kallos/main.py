@@ -238,19 +238,17 @@ def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) ->
     typer.echo(_in_words(best["metrics"]))
     _tell_files(settings, "*_best_params.json", "optuna.db", *(() if no_report else ("*_tune.ipynb", "*_tune.html")))
     run = {"model-name": settings.model_name, "asset-id": settings.asset_id, "params-file": file}
-    run |= {
-        "end-date": f"{settings.end_date:%Y-%m-%dT%H:%M:%S}".removesuffix("T00:00:00"),
-        "output-path": settings.folder,
-    }
+    end = f"{settings.end_date:%Y-%m-%dT%H:%M:%S}".removesuffix("T00:00:00")
+    run |= {"end-date": end, "output-path": settings.folder}
     options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in run.items())
     folder = shlex.quote(str(settings.folder))
     _tell_next(f"kallos-run train {options}{_same_database(db_url)}", f"kallos-run dashboard --folder {folder}")
 
 # %% ../nbs/60_main.ipynb #7db0d2eb
 def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
-    from kallos.core.runs import read_json
+    from kallos.models.parameters import read_params
 
-    metrics = read_json(settings.params_file, what="parameters file").get("metrics")
+    metrics = read_params(settings.params_file).get("metrics")
     if metrics:
         typer.echo(f"As tuned: {_in_words(metrics)}")
     reports = () if no_report else ("*_train.ipynb", "*_train.html")

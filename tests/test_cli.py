@@ -134,6 +134,7 @@ def market(tmp_path_factory) -> Path:
     return folder
 
 
+SMALL = ("--no-report", "--feature-groups")
 WRONG = {
     "no such command": (("tuen",), "No such command 'tuen'"),
     "no such option": (("tune", "--n-trails", "3"), "No such option: --n-trails"),
@@ -156,6 +157,21 @@ WRONG = {
     "no groups file": (("tune", *RUN, "--feature-groups", "none.yaml"), "cannot read none.yaml"),
     "unknown key": (("tune", *RUN, "--config", "wrong.yaml"), "wrong.yaml: unknown setting 'n_trails'"),
     "no settings file": (("tune", *RUN, "--config", "none.yaml"), "cannot read none.yaml"),
+    "unknown feature": (("tune", *RUN, *SMALL, '{"bounded_features": ["moonphase"]}'), "moonphase"),
+    "wrong group": (("tune", *RUN, *SMALL, '{"volume_features": ["macd_diff"]}'), "not volumes: macd_diff"),
+    "too few rows": (("tune", *RUN, "--folds", "50", "--no-report"), "50 folds need at least"),
+    "short window": (("tune", *RUN, "--val-length", "5", "--no-report"), "val_length is too short; got 5"),
+    "no parameters": (("train", *RUN, "--params-file", "none.json"), "cannot read the parameters file"),
+    "no JSON": (("train", *RUN, "--params-file", "wrong.csv"), "it is not JSON"),
+    "another model": (
+        ("train", *RUN, "--params-file", "lstm.json", "--model-name", "gru"),
+        "tuned for lstm, given gru",
+    ),
+    "no epochs": (("train", *RUN, "--params-file", "plain.json", "--no-report"), "names no n_epochs"),
+    "no hyperparameter": (
+        ("train", *RUN, "--params-file", "odd.json", "--no-report"),
+        "gru has no hyperparameter depth",
+    ),
     "unknown database": (("tune", *RUN, "--db-url", f"mysql://me:{SECRET}@host/name"), "unknown kind of database"),
     "no database": (("tune", *RUN, "--db-url", "sqlite:///none.db"), "there is no such database"),
     "no URL": (("features", *BTC, "--db-url", f"postgresql//me:{SECRET}@host"), "no URL of a database"),
@@ -177,6 +193,9 @@ WRONG = {
 def test_wrong_input_is_one_message_and_exit_code_2(words, market):
     typed, message = words
     (market / "good.csv").write_text(PLAIN)
+    tables = {"lstm": {"model_name": "lstm", "hyperparameters": {}}, "plain": {"input_chunk_length": 30}}
+    for name, table in (tables | {"odd": {"n_epochs": 1, "hyperparameters": {"depth": 3}}}).items():
+        (market / f"{name}.json").write_text(json.dumps(table))
     run = kallos_run(*typed, cwd=market)
     assert run.returncode == 2, run.stderr
     assert run.stderr.startswith("kallos-run: ") and run.stderr.count("\n") == 1, run.stderr

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from kallos.core.config import TuneSettings, study_name
-from kallos.core.errors import ConfigError, TrainingError
+from kallos.core.errors import ConfigError, KallosError, TrainingError
 from kallos.data.features import compute_features
 from kallos.data.sources import sample_bars
 from kallos.data.store import connect, write_bars, write_features
@@ -168,6 +168,44 @@ def test_a_failing_network_fills_its_slot_and_says_why(market, tmp_path, monkeyp
     with pytest.raises(TrainingError, match=r"no trial .* completed: the loss is NaN; got 'epoch 2'"):
         tune(settings, db=market, progress=False)
     assert len(finished(market, tmp_path)) == 2
+
+
+def test_a_trial_that_died_before_its_first_heartbeat_is_run_again(market, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(studies, "GRACE_SECONDS", 2)
+    settings = TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)})
+    study = tune(settings, db=market, progress=False)
+    study.enqueue_trial({}, user_attrs={"slot": 1})
+    study.ask()  # and nothing more is heard of it
+    more = tune(settings.model_copy(update={"n_trials": 3}), db=market, progress=False)
+    assert sorted(trial.user_attrs["slot"] for trial in studies.finished_trials(more)) == [0, 1, 2]
+    assert [trial.state.name for trial in more.trials].count("FAIL") == 1
+
+
+def test_the_right_to_create_a_schema_is_needed_only_where_there_is_none(postgres_url, tmp_path):
+    name = f"trader_{tmp_path.name.replace('-', '_')[-20:]}".lower()
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'")
+        connection.execute(f"CREATE SCHEMA mine AUTHORIZATION {name}")
+    url = postgres_url.replace("postgres:secret-of-the-tests", f"{name}:x")
+    settings = TuneSettings.from_values(SMALL | {"output_path": str(tmp_path), "optuna_schema": "mine"})
+    assert optuna.get_all_study_names(studies.study_storage(settings, url)) == []
+    with pytest.raises(KallosError, match="permission denied"):
+        studies.study_storage(settings.model_copy(update={"optuna_schema": "yours"}), url)
+
+
+def test_a_study_that_began_in_sqlite_is_not_replaced_by_a_copy(postgres_url, tmp_path):
+    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
+    settings = TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)})
+    for url in (f"sqlite:///{tmp_path / 'kallos.db'}", postgres_url):
+        engine = connect(url)
+        write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
+        write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
+        engine.dispose()
+    tune(settings, db=f"sqlite:///{tmp_path / 'kallos.db'}", progress=False)
+    with pytest.raises(ConfigError, match=r"optuna.db holds a study of its own of that name"):
+        tune(settings, db=postgres_url, progress=False)
+    assert len(finished(f"sqlite:///{tmp_path / 'kallos.db'}", tmp_path)) == 1
 
 
 def test_no_password_is_written_anywhere(postgres_kwargs, postgres_url, tmp_path):

@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy(
             "ModelSpec",
             "Space",
             "check_horizon",
+            "check_hyperparameters",
             "check_model_name",
             "create_model",
             "longest_input",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Space', 'MODELS', 'ModelSpec', 'check_model_name', 'longest_input', 'check_horizon', 'suggest_hyperparameters',
-           'create_model']
+           'create_model', 'check_hyperparameters']
 
 # %% ../../nbs/models/23_architectures.ipynb #742557e4
 import math
@@ -175,7 +175,7 @@ def create_model(
 ) -> "ForecastingModel":
     """An unfitted darts model; ConfigError on an unknown name or an unknown hyperparameter."""
     spec = check_model_name(model_name)
-    _check_hyperparameters(model_name, hyperparameters, horizon)
+    check_hyperparameters(model_name, hyperparameters, horizon=horizon)
     values = dict(hyperparameters)
     if not spec.is_network:
         return _create_sklearn(model_name, spec, values, horizon, seed)
@@ -183,9 +183,15 @@ def create_model(
         spec, values, horizon, seed, n_epochs, trainer_kwargs(device or Device()) | {"callbacks": callbacks or []}
     )
 
-# %% ../../nbs/models/23_architectures.ipynb #38730adf
-def _check_hyperparameters(model_name: str, given: dict[str, Any], horizon: int) -> None:
-    spec = MODELS[model_name]
+# %% ../../nbs/models/23_architectures.ipynb #8c746d5f
+def check_hyperparameters(
+    model_name: str,  # a key of MODELS
+    given: dict[str, Any],  # hyperparameter -> value
+    *,
+    horizon: int,  # bars ahead
+) -> None:
+    """Returns nothing; ConfigError on an unknown, missing or unusable hyperparameter."""
+    spec = check_model_name(model_name)
     unknown = sorted(set(given) - set(spec.space))
     todo = f"Give some of {', '.join(spec.space)}; the first is required: input_chunk_length."
     if unknown or "input_chunk_length" not in given:

@@ -243,6 +243,7 @@ def copy_to_sqlite(
     storage: optuna.storages.BaseStorage,  # where it is kept
 ) -> None:
     """Copies the study into the file, over an older copy of it; ConfigError if a study of that name began there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     copies = optuna.storages.RDBStorage(URL.create("sqlite", database=str(path)).render_as_string())
     if study.study_name in optuna.get_all_study_names(copies):
         older = optuna.load_study(study_name=study.study_name, storage=copies)

@@ -20,7 +20,7 @@ from ..core.devices import Device, trainer_kwargs
 from ..core.errors import ArtifactError, ConfigError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import fingerprint, verify_manifest, write_manifest
-from .architectures import MODELS, check_model_name, longest_input
+from .architectures import MODELS, check_hyperparameters, check_model_name
 from .datasets import DartsFold, load_table, prepare_darts_timeseries
 from .parameters import merge_params, read_params
 from .preprocessing import FeatureTransformer, inverse_target
@@ -36,18 +36,14 @@ def fit_all(
     *,
     hyperparameters: dict[str, Any],  # of the model
 ) -> tuple[Fit, DartsFold]:
-    """The fit on all rows, and the rows as scaled series; ConfigError if a network is given no number of epochs."""
-    if MODELS[settings.model_name].is_network and settings.n_epochs is None:
-        raise ConfigError(
-            "the parameters file names no n_epochs", received=str(settings.params_file), next_step="Pass --n-epochs."
-        )
+    """The fit on all rows, and the rows as scaled series."""
     rows = prepare_darts_timeseries(
         table,
         table.iloc[:0],
         feature_groups=settings.feature_groups,
         target_col=settings.target_col,
         timeframe=settings.timeframe,
-        lookback=hyperparameters.get("input_chunk_length", longest_input(settings.model_name)),
+        lookback=hyperparameters["input_chunk_length"],
         horizon=settings.horizon,
     )
     plan = FitPlan(n_epochs=settings.n_epochs or 1, patience=None)
@@ -137,8 +133,11 @@ def train(
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
 ) -> TrainedModel:
     """The trained model on disk, read back and compared; TrainingError if the pair forecasts otherwise."""
-    check_model_name(settings.model_name)
     hyperparameters = read_params(settings.params_file)["hyperparameters"]
+    check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
+    if MODELS[settings.model_name].is_network and settings.n_epochs is None:
+        file = str(settings.params_file)
+        raise ConfigError("the parameters file names no n_epochs", received=file, next_step="Pass --n-epochs.")
     table = load_table(settings, db)
     start_log(settings.folder / f"{settings.model_name}_{settings.asset_id}_train.log")
     try:

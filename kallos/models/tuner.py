@@ -101,7 +101,7 @@ def fit_plan(
     device = resolve_device(settings.device, precision=settings.precision)
     return FitPlan(n_epochs=settings.max_epochs, patience=settings.patience, device=device)
 
-# %% ../../nbs/models/25_tuner.ipynb #c92f0dcc
+# %% ../../nbs/models/25_tuner.ipynb #8257914c
 def _keep(trial: BaseTrial, results: list[FoldResult], folds: list[DartsFold]) -> None:
     forecasts = pd.concat([result.forecasts for result in results], ignore_index=True)
     by_fold = score_forecasts(forecasts, by=["fold"])
@@ -121,19 +121,19 @@ def _keep(trial: BaseTrial, results: list[FoldResult], folds: list[DartsFold]) -
     for name, value in kept.items():
         trial.set_user_attr(name, value)
 
-# %% ../../nbs/models/25_tuner.ipynb #8c2a6b6c
+# %% ../../nbs/models/25_tuner.ipynb #ead3602c
 def _tables(results: list[FoldResult]) -> dict[str, pd.DataFrame]:
     curves = [result.fit.history.assign(fold=result.fold) for result in results]
     return {"forecasts": pd.concat([result.forecasts for result in results]), "history": pd.concat(curves)}
 
-# %% ../../nbs/models/25_tuner.ipynb #ef4b96b0
+# %% ../../nbs/models/25_tuner.ipynb #de9f69ab
 def best_params_path(
     settings: TuneSettings,  # of the study
 ) -> Path:
     """The file that `tune` writes and `train` reads."""
     return settings.folder / f"{settings.model_name}_{settings.asset_id}_best_params.json"
 
-# %% ../../nbs/models/25_tuner.ipynb #e037b203
+# %% ../../nbs/models/25_tuner.ipynb #21d85d7a
 def best_params(
     study: optuna.Study,  # with at least one completed trial
     settings: TuneSettings,  # of the study
@@ -153,7 +153,7 @@ def best_params(
         "metrics": {"score": best.value, "folds": settings.folds, **{name: best.user_attrs[name] for name in names}},
     }
 
-# %% ../../nbs/models/25_tuner.ipynb #810638d9
+# %% ../../nbs/models/25_tuner.ipynb #85f1721f
 def tune(
     settings: TuneSettings,  # of the study
     *,
@@ -179,7 +179,7 @@ def _copy(study: optuna.Study, storage: optuna.storages.BaseStorage, settings: T
     if to_url(db).get_backend_name() == "postgresql":
         studies.copy_to_sqlite(study, settings.folder / "optuna.db", storage=storage)
 
-# %% ../../nbs/models/25_tuner.ipynb #1d8f81de
+# %% ../../nbs/models/25_tuner.ipynb #ce9c6b0f
 def _spend(
     study: optuna.Study,
     storage: optuna.storages.BaseStorage,
@@ -203,7 +203,7 @@ def _spend(
         finally:
             stop_log()
 
-# %% ../../nbs/models/25_tuner.ipynb #15ac8aab
+# %% ../../nbs/models/25_tuner.ipynb #6f8ba690
 def _where(study: optuna.Study, fold: int, epoch: int) -> str:
     values = [trial.value for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))]
     return f"fold {fold + 1}, epoch {epoch}{f', best {min(values):.4f}' if values else ''}"
@@ -215,7 +215,7 @@ def _report(bar: tqdm, trial: FrozenTrial) -> None:
     kept = {name: trial.user_attrs.get(name) for name in ("slot", "skill", "failure")}
     log_event("trial ended", trial=trial.number, state=trial.state.name, score=trial.value, **kept)
 
-# %% ../../nbs/models/25_tuner.ipynb #b381eccf
+# %% ../../nbs/models/25_tuner.ipynb #e3d739a3
 def run_tuning(
     asset_id: str,  # as named at ingest
     end_date: str,  # the last moment that tuning may see, UTC
