@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy(
             "VALIDATION_SHARE",
             "add_target",
             "calculate_dynamic_wf_kwargs",
+            "data_record",
             "get_walk_forward_splits",
             "load_features_from_db",
             "load_table",

@@ -19,9 +19,9 @@ from ..core.config import FeatureGroups, TrainSettings, as_parameters
 from ..core.devices import Device, trainer_kwargs
 from ..core.errors import ArtifactError, ConfigError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
-from ..core.runs import fingerprint, verify_manifest, write_manifest
+from ..core.runs import seed_everything, verify_manifest, write_manifest
 from .architectures import MODELS, check_hyperparameters, check_model_name
-from .datasets import DartsFold, load_table, prepare_darts_timeseries
+from .datasets import DartsFold, data_record, load_table, prepare_darts_timeseries
 from .parameters import merge_params, read_params
 from .preprocessing import FeatureTransformer, inverse_target
 from .validation import Fit, FitPlan, fit_fold
@@ -115,13 +115,12 @@ def _save(
 def _write_manifest(
     path: Path, files: list[Path], settings: TrainSettings, hyperparameters: dict, table: pd.DataFrame, fit: Fit
 ) -> None:
-    span = {"rows": len(table), "first": table.index[0], "last": table.index[-1]}
     write_manifest(
         path,
         "train",
         settings=as_parameters(settings) | {"hyperparameters": hyperparameters},
         seed=settings.seed,
-        data={"features": {"fingerprint": fingerprint(table), **span}},
+        data=data_record(table),
         artifacts=files,
         timings={"fit_seconds": fit.seconds},
     )
@@ -139,6 +138,7 @@ def train(
         file = str(settings.params_file)
         raise ConfigError("the parameters file names no n_epochs", received=file, next_step="Pass --n-epochs.")
     table = load_table(settings, db)
+    seed_everything(settings.seed)
     start_log(settings.folder / f"{settings.model_name}_{settings.asset_id}_train.log")
     try:
         log_event("training begins", model=settings.model_name, rows=len(table), epochs=settings.n_epochs)

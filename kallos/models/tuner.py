@@ -23,12 +23,12 @@ from ..core.devices import resolve_device
 from ..core.errors import TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.metrics import score_forecasts
-from ..core.runs import derive_seed, fingerprint, write_json
+from ..core.runs import derive_seed, fingerprint, seed_everything, write_json, write_manifest
 from ..data.splits import FoldBounds, WalkForwardSplit
 from ..data.store import to_url
 from . import studies
 from .architectures import MODELS, check_horizon, longest_input, suggest_hyperparameters
-from .datasets import DartsFold, calculate_dynamic_wf_kwargs, load_table
+from .datasets import DartsFold, calculate_dynamic_wf_kwargs, data_record, load_table
 from .validation import FitPlan, FoldResult, prepare_fold, validate
 
 # %% ../../nbs/models/25_tuner.ipynb #e5b3cc63
@@ -164,6 +164,7 @@ def tune(
     check_horizon(settings.model_name, settings.horizon)
     table = load_table(settings, db)
     identity, bounds = study_identity(table, settings), study_layout(table, settings)
+    seed_everything(settings.seed)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = studies.study_storage(settings, db)
     study = studies.open_study(settings, identity=identity, storage=storage)
@@ -171,15 +172,29 @@ def tune(
     if studies.is_open(study, settings.n_trials):
         _spend(study, storage, [prepare_fold(table, b, settings=settings) for b in bounds], settings, progress)
         _copy(study, storage, settings, db)
-    write_json(best_params_path(settings), best_params(study, settings))
+    _write_results(study, table, settings)
     return study
 
-
+# %% ../../nbs/models/25_tuner.ipynb #d3b9b438
 def _copy(study: optuna.Study, storage: optuna.storages.BaseStorage, settings: TuneSettings, db: Any) -> None:
     if to_url(db).get_backend_name() == "postgresql":
         studies.copy_to_sqlite(study, settings.folder / "optuna.db", storage=storage)
 
-# %% ../../nbs/models/25_tuner.ipynb #ce9c6b0f
+# %% ../../nbs/models/25_tuner.ipynb #a618448e
+def _write_results(study: optuna.Study, table: pd.DataFrame, settings: TuneSettings) -> None:
+    path, best = best_params_path(settings), best_params(study, settings)
+    write_json(path, best)
+    write_manifest(
+        settings.folder / f"{settings.model_name}_{settings.asset_id}_tune_manifest.json",
+        "tune",
+        settings=as_parameters(settings) | {"study_name": study.study_name},
+        seed=settings.seed,
+        data=data_record(table),
+        artifacts=[path],
+        results=best["metrics"],
+    )
+
+# %% ../../nbs/models/25_tuner.ipynb #27ec0a35
 def _spend(
     study: optuna.Study,
     storage: optuna.storages.BaseStorage,
@@ -203,7 +218,7 @@ def _spend(
         finally:
             stop_log()
 
-# %% ../../nbs/models/25_tuner.ipynb #6f8ba690
+# %% ../../nbs/models/25_tuner.ipynb #45ac9c50
 def _where(study: optuna.Study, fold: int, epoch: int) -> str:
     values = [trial.value for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))]
     return f"fold {fold + 1}, epoch {epoch}{f', best {min(values):.4f}' if values else ''}"
@@ -215,7 +230,7 @@ def _report(bar: tqdm, trial: FrozenTrial) -> None:
     kept = {name: trial.user_attrs.get(name) for name in ("slot", "skill", "failure")}
     log_event("trial ended", trial=trial.number, state=trial.state.name, score=trial.value, **kept)
 
-# %% ../../nbs/models/25_tuner.ipynb #e3d739a3
+# %% ../../nbs/models/25_tuner.ipynb #c351ce17
 def run_tuning(
     asset_id: str,  # as named at ingest
     end_date: str,  # the last moment that tuning may see, UTC
