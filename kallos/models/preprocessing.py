@@ -99,7 +99,7 @@ def create_feature_transformer(
     *,
     target_col: str | None = None,  # a column to standardise too, with a way back; none if None
 ) -> FeatureTransformer:
-    """An unfitted transformer, frame in and frame out; ConfigError on a feature that is unknown or in the wrong group."""
+    """An unfitted transformer, frame in and frame out; ConfigError on an unknown feature or a wrong group."""
     groups = read_feature_groups(feature_groups)
     _check_groups(groups, target_col)
     plain = [name for name in groups.volume_features if not is_signed(name)]
