@@ -43,8 +43,8 @@ check: $(VENV) ## the quick part of test: lint, sync and the fast tests
 soak: $(VENV) ## the long proofs at full size
 	$(PYTEST) -m soak --timeout 0
 
-lab: $(VENV) ## the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir nbs
+lab: $(VENV) ## the notebooks in JupyterLab; ARGS='--no-browser' and the like go to it
+	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
 bench: .venv-bench/installed ## kallos against its peers, in an environment of their own
 	@for benchmark in tests/benchmarks/*.py; do echo "$$benchmark"; .venv-bench/bin/python $$benchmark || exit; done

@@ -74,7 +74,7 @@ def sample(
     app,
     "files asset_id timeframe venue market quote replace db_url",
     required="asset_id timeframe",
-    example="BTCUSDT_1d.csv.gz --asset-id BTC --timeframe 1d --venue binance --quote USDT",
+    example="BTCUSDT_1d.csv.gz --asset-id BTCUSDT --timeframe 1d --venue binance --quote USDT",
     stopped=_AGAIN,
 )
 def ingest(
@@ -109,11 +109,13 @@ def features(
     from kallos.data.store import connect, read_bars, write_features
 
     engine = connect(given.pop("db_url", None), create=False)
-    table = compute_features(read_bars(engine, **given), timeframe=given["timeframe"])
+    bars = read_bars(engine, **given)
+    table = compute_features(bars, timeframe=given["timeframe"])
     rows = write_features(engine, table, **given)
-    typer.echo(f"{rows} rows with {', '.join(table.columns[1:])}")
+    typer.echo(f"{rows} rows of {len(bars)} bars (the others warm the features up), {table.shape[1] - 1} columns")
     end = f"--end-date {table['ts'].iloc[len(table) * 4 // 5]:%Y-%m-%d}"  # a fifth of the rows is left to test on
-    _tell_next(f"kallos-run tune --asset-id {given['asset_id']} --timeframe {given['timeframe']} {end} --n-trials 20")
+    where = "--asset-id {asset_id} --timeframe {timeframe} --output-path reports/{asset_id}/{timeframe}".format(**given)
+    _tell_next(f"kallos-run tune {where} {end} --n-trials 20")
 
 # %% ../nbs/60_main.ipynb #1d9f69d9
 def _tell_written(what: object, bars: Any, done: Any) -> None:
@@ -209,12 +211,9 @@ def _in_words(
 ) -> str:
     """The metrics as a sentence."""
     percent = round(100 * (metrics["skill"] or 0), 1)
-    verdict = "better than naive" if percent > 0 else "worse than naive" if percent < 0 else "no better than naive"
-    pairs = {"RMSE": "rmse", "in price": "rmse_price"}
-    said = [f"{word} {metrics[key]:,.4g} (naive {metrics[f'{key}_naive']:,.4g})" for word, key in pairs.items()]
-    return (
-        f"{', '.join(said)}; skill against the naive forecast: {percent:+.1f} % ({verdict}) on the folds that chose it"
-    )
+    verdict = ("no better", "better", "worse")[(percent > 0) - (percent < 0)]
+    said = "RMSE {rmse:,.4g} (naive {rmse_naive:,.4g}), in price {rmse_price:,.4g} (naive {rmse_price_naive:,.4g})"
+    return f"{said.format(**metrics)}; {percent:+.1f} % of squared error saved ({verdict} than naive)"
 
 # %% ../nbs/60_main.ipynb #b5a99853
 def _tell_files(settings: "RunSettings", *names: str) -> None:
@@ -231,29 +230,30 @@ def _same_database(db_url: str | None) -> str:
 # %% ../nbs/60_main.ipynb #7a332a41
 def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) -> None:
     from kallos.core.runs import read_json
+    from kallos.evaluation.trials import judge_best_trial
 
     file = settings.folder / f"{_stem(settings)}_best_params.json"
     best = read_json(file, what="parameters file")
     typer.echo(f"{best['study_name']}: {best['n_trials']} finished trials; the best is number {best['trial']}")
-    typer.echo(_in_words(best["metrics"]))
+    sentence = judge_best_trial(settings, db=db_url).sentence
+    typer.echo(f"{_in_words(best['metrics'])}\nOn the folds that chose it: {sentence}")
     _tell_files(settings, "*_best_params.json", "optuna.db", *(() if no_report else ("*_tune.ipynb", "*_tune.html")))
     run = {"model-name": settings.model_name, "asset-id": settings.asset_id, "params-file": file}
-    end = f"{settings.end_date:%Y-%m-%dT%H:%M:%S}".removesuffix("T00:00:00")
-    run |= {"end-date": end, "output-path": settings.folder}
+    run["end-date"] = f"{settings.end_date:%Y-%m-%dT%H:%M:%S}".removesuffix("T00:00:00")
+    run["output-path"] = settings.folder
     options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in run.items())
-    folder = shlex.quote(str(settings.folder))
-    _tell_next(f"kallos-run train {options}{_same_database(db_url)}", f"kallos-run dashboard --folder {folder}")
+    board = f"kallos-run dashboard --folder {shlex.quote(str(settings.folder))}"
+    _tell_next(f"kallos-run train {options}{_same_database(db_url)}", board)
 
 # %% ../nbs/60_main.ipynb #7db0d2eb
 def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
     from kallos.models.parameters import read_params
 
-    metrics = read_params(settings.params_file).get("metrics")
-    if metrics:
+    if metrics := read_params(settings.params_file).get("metrics"):
         typer.echo(f"As tuned: {_in_words(metrics)}")
     reports = () if no_report else ("*_train.ipynb", "*_train.html")
     _tell_files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
-    _tell_next("kallos-run ingest FILE --asset-id NAME --timeframe 1d   (bars of your own)")
+    _tell_next("README, 'What is it worth?': judge the model on rows after the end date")
 
 # %% ../nbs/60_main.ipynb #9c9b45aa
 def _study_file(folder: Path) -> tuple[str, Any]:

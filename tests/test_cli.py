@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import optuna
@@ -22,6 +23,7 @@ from kallos import options
 from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
 from kallos.data.sources import sample_bars
 from kallos.data.store import connect, list_assets, write_bars
+from kallos.evaluation import trials
 from kallos.workflow import reports
 
 COMMANDS = ("sample", "ingest", "features", "tune", "train", "dashboard")
@@ -272,6 +274,8 @@ def in_process(market, tmp_path, monkeypatch, capsys):
 
     run.runs = runs
     monkeypatch.setattr(reports, "run_notebook", run_notebook)
+    verdict = SimpleNamespace(sentence="No skill: 3 %.")
+    monkeypatch.setattr(trials, "judge_best_trial", lambda settings, db: verdict)
     monkeypatch.setenv("KALLOS_DB_URL", f"sqlite:///{market}/data/kallos.db")
     monkeypatch.chdir(tmp_path)
     return run
@@ -299,7 +303,7 @@ def test_tune_tells_its_result_in_words_and_the_next_command_whole(in_process):
     code, said = in_process("tune", *RUN, "--output-path", "my models", "--end-date", "2023-01-01T06:00")
     assert code == 0, said
     assert "demo: 3 finished trials; the best is number 1" in said
-    assert "skill against the naive forecast: -1.3 % (worse than naive) on the folds that chose it" in said
+    assert "-1.3 % of squared error saved (worse than naive)\nOn the folds that chose it: No skill: 3 %.\n" in said
     assert "  my models/gru_BTC_best_params.json\n" in said and "  my models/gru_BTC_tune.ipynb\n" in said
     assert (
         "kallos-run train --model-name gru --asset-id BTC --params-file 'my models/gru_BTC_best_params.json' "

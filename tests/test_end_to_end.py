@@ -59,7 +59,7 @@ def test_tune_and_train_with_their_reports(market, postgres_kwargs):
     folder, url = market
     what = ["--model-name", "gru", "--end-date", END]
     said = kallos_run(folder, url, "tune", *what, *TINY, "--optuna-schema", "studies_of_test")
-    assert "skill against the naive forecast" in said
+    assert "On the folds that chose it: " in said
     best = json.loads((folder / "gru_BTC_best_params.json").read_text())
     assert set(best["hyperparameters"]) == {
         *("hidden_dim", "n_rnn_layers", "dropout", "batch_size", "input_chunk_length", "learning_rate")

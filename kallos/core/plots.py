@@ -148,6 +148,7 @@ def plot_learning_curves(
     mark = {"color": MARK, "size": 11, "symbol": "star", "line": {"width": 1, "color": "white"}}
     figure.add_scatter(x=best["epoch"], y=best["val_loss"], mode="markers", marker=mark, name="best epoch")
     figure.update_traces(selector={"mode": None}, mode="lines")
+    figure.update_layout(showlegend=history["fold"].nunique() > 1)
     title = "Training (dotted) and validation (solid) loss" if len(rows) else "Training loss"
     return _finish(figure, title, x="epoch", y="loss (scaled units, squared)", hovermode="x unified")
 

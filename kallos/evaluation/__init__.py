@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy(
             "diebold_mariano",
             "judge",
         ),
+        "trials": ("judge_best_trial",),
     },
 )

@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy(
             "load_features_from_db",
             "load_table",
             "prepare_darts_timeseries",
+            "warn_without_test",
         ),
         "architectures": (
             "MODELS",

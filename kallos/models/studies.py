@@ -101,7 +101,7 @@ def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 120 else f"{text[:60]} … {text[-50:]}"
+    return text if len(text) <= 60 else f"{text[:16]} … {text[-16:]}"
 
 # %% ../../nbs/models/24b_studies.ipynb #3204ac91
 def artifact_store(

@@ -21,7 +21,7 @@ from ..core.errors import ArtifactError, ConfigError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import seed_everything, verify_manifest, write_manifest
 from .architectures import MODELS, check_hyperparameters, check_model_name
-from .datasets import DartsFold, data_record, load_table, prepare_darts_timeseries
+from .datasets import DartsFold, data_record, load_table, prepare_darts_timeseries, warn_without_test
 from .parameters import merge_params, read_params
 from .preprocessing import FeatureTransformer, inverse_target
 from .validation import Fit, FitPlan, fit_fold
@@ -138,6 +138,7 @@ def train(
         file = str(settings.params_file)
         raise ConfigError("the parameters file names no n_epochs", received=file, next_step="Pass --n-epochs.")
     table = load_table(settings, db)
+    warn_without_test(table, settings)
     seed_everything(settings.seed)
     start_log(settings.folder / f"{settings.model_name}_{settings.asset_id}_train.log")
     try:

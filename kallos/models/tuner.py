@@ -28,7 +28,7 @@ from ..data.splits import FoldBounds, WalkForwardSplit
 from ..data.store import to_url
 from . import studies
 from .architectures import MODELS, check_horizon, longest_input, suggest_hyperparameters
-from .datasets import DartsFold, calculate_dynamic_wf_kwargs, data_record, load_table
+from .datasets import DartsFold, calculate_dynamic_wf_kwargs, data_record, load_table, warn_without_test
 from .validation import FitPlan, FoldResult, prepare_fold, validate
 
 # %% ../../nbs/models/25_tuner.ipynb #e5b3cc63
@@ -65,7 +65,8 @@ def study_identity(
     space = {name: distribution_to_json(d) for name, d in MODELS[settings.model_name].space.items()}
     bounds = [[b.train_start, b.train_stop, b.val_start, b.val_stop] for b in study_layout(table, settings)]
     identity = {name: values[name] for name in shared} | {"precision": fit_plan(settings).device.precision}
-    return identity | {"fold_layout": bounds, "data_fingerprint": fingerprint(table), "search_space": space}
+    rows = {"rows": len(table), "last_row": str(table.index[-1])}
+    return identity | rows | {"fold_layout": bounds, "data_fingerprint": fingerprint(table), "search_space": space}
 
 # %% ../../nbs/models/25_tuner.ipynb #f8398b27
 def objective(
@@ -163,6 +164,7 @@ def tune(
     """The study with its budget spent; the best parameters are written to the settings' folder."""
     check_horizon(settings.model_name, settings.horizon)
     table = load_table(settings, db)
+    warn_without_test(table, settings)
     identity, bounds = study_identity(table, settings), study_layout(table, settings)
     seed_everything(settings.seed)
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -262,20 +262,24 @@ def _failure(fault: Exception, executed: NotebookNode, output: Path) -> KallosEr
 # %% ../../nbs/workflow/52_reports.ipynb #d060a9e2
 _FIGURE = "application/vnd.plotly.v1+json"
 _LIBRARY = "plotly.min.js"
+_STYLE = """main { max-width: 70em; margin: auto }
+.jp-OutputArea-output { overflow-x: auto } .jp-RenderedText pre { word-break: normal }
+.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: #f5f5f5 }"""
 _PAGE = """
 {%- extends 'index.html.j2' -%}
 {%- block html_head_js -%}<script src="LIBRARY"></script>{%- endblock -%}
-{%- block extra_css -%}<style>main { max-width: 70em; margin: auto }</style>{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
+{%- block rawcell -%}{%- endblock -%}
+{%- block extra_css -%}<style>STYLE</style>{%- endblock -%}
 {%- block input_group -%}
 <details{% if 'injected-parameters' in cell.metadata.tags %} open{% endif %}>
 <summary style="color: #888; cursor: pointer; font-size: small">code</summary>{{ super() }}</details>
 {%- endblock -%}
-""".replace("LIBRARY", _LIBRARY)
+""".replace("LIBRARY", _LIBRARY).replace("STYLE", _STYLE)
 
-
+# %% ../../nbs/workflow/52_reports.ipynb #0b98b6cb
 def _draw(output: NotebookNode, number: int) -> None:
     """Replaces the figure in an output by the HTML that draws it."""
     figure = output.data.pop(_FIGURE)
