@@ -231,7 +231,7 @@ def test_data_goes_in_once_however_often_it_is_written(db_url, tmp_path):
     replaced = kallos_run("sample", *BTC, "--end", "2019-12-31", "--replace", "--db-url", db_url, cwd=tmp_path)
     assert "730 new, 0 changed, 0 known" in replaced.stdout, replaced.stderr
     features = kallos_run("features", *BTC, "--db-url", db_url, cwd=tmp_path)
-    assert features.returncode == 0 and "rsi" in features.stdout, features.stderr
+    assert features.returncode == 0 and "430 rows of 730 bars" in features.stdout, features.stdout + features.stderr
     engine = connect(db_url)
     stored = list_assets(engine).iloc[0]
     engine.dispose()
