@@ -142,4 +142,6 @@ def test_the_predictable_market_is_found(model_name):
     print(
         f"{model_name}: skill {[round(v.skill, 4) for v in verdicts]}, found {sum(v.has_skill for v in verdicts)} of 10"
     )
-    assert sum(verdict.has_skill for verdict in verdicts) >= 8
+    # of 1,096 forecasts that save 4 % of the squared error the test recognises about seven in ten; by chance it is 5 %
+    assert sum(verdict.has_skill for verdict in verdicts) >= 6
+    assert sum(verdict.skill > 0 for verdict in verdicts) >= 9
