@@ -128,7 +128,7 @@ def plot_fold_scores(
         fold, error = scores["fold"].astype(str), scores[column]
         figure.add_bar(x=fold, y=error, name=name, marker_color=color, customdata=saved, hovertemplate=hover)
     better = int((scores["rmse"] < scores["rmse_naive"]).sum())
-    title = f"Better than the naive forecast in {better} of {len(scores)} folds"
+    title = f"RMSE lower than the naive forecast's in {better} of {len(scores)} folds"
     return _finish(figure, title, x="fold", y=f"RMSE ({unit})", xaxis_type="category", barmode="group")
 
 # %% ../../nbs/core/06_plots.ipynb #7ab6d474
