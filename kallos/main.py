@@ -59,7 +59,7 @@ def sample(
     given: dict[str, Any],  # the options that were typed
 ) -> None:
     """Write an invented market into the database, to try everything without a download."""
-    from kallos.data.sources import sample_bars
+    from kallos.data.sample import sample_bars
     from kallos.data.store import connect, write_bars
 
     target = {name: given.pop(name) for name in ("asset_id", "replace") if name in given}

@@ -21,7 +21,7 @@ import kallos
 from kallos import main as command_line
 from kallos import options
 from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
-from kallos.data.sources import sample_bars
+from kallos.data.sample import sample_bars
 from kallos.data.store import connect, list_assets, write_bars
 from kallos.evaluation import trials
 from kallos.workflow import reports

@@ -8,7 +8,7 @@ import pytest
 from kallos.core.config import TuneSettings
 from kallos.core.devices import resolve_device
 from kallos.data.features import compute_features
-from kallos.data.sources import sample_bars
+from kallos.data.sample import sample_bars
 from kallos.evaluation.verdict import judge
 from kallos.models.datasets import DartsFold, add_target
 from kallos.models.studies import run_budget

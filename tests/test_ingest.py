@@ -13,7 +13,8 @@ from kallos.core.errors import DataError
 from kallos.core.schemas import BAR_COLUMNS, PRICE_COLUMNS
 from kallos.data.bars import gap_map, segment_ids
 from kallos.data.features import compute_features, registered
-from kallos.data.sources import find_raw_files, read_bars_file, sample_bars
+from kallos.data.sample import sample_bars
+from kallos.data.sources import find_raw_files, read_bars_file
 from kallos.data.store import WriteReport, connect, read_bars, read_features, write_bars, write_features
 
 KLINE = ["open_time", *BAR_COLUMNS[:5], "close_time", *BAR_COLUMNS[5:], "ignore"]

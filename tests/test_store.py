@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from kallos.core.errors import ConfigError, DataError
 from kallos.data import store
-from kallos.data.sources import sample_bars
+from kallos.data.sample import sample_bars
 from kallos.data.store import (
     WriteReport,
     connect,

@@ -14,7 +14,7 @@ import pytest
 from kallos.core.config import TuneSettings, study_name
 from kallos.core.errors import ConfigError, KallosError, TrainingError
 from kallos.data.features import compute_features
-from kallos.data.sources import sample_bars
+from kallos.data.sample import sample_bars
 from kallos.data.store import connect, write_bars, write_features
 from kallos.models import studies
 from kallos.models.datasets import load_table

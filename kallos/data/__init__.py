@@ -15,8 +15,8 @@ __getattr__, __dir__, __all__ = lazy(
         "sources": (
             "find_raw_files",
             "read_bars_file",
-            "sample_bars",
         ),
+        "sample": ("sample_bars",),
         "database": (
             "Database",
             "UtcTime",
