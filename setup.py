@@ -41,6 +41,7 @@ RUNTIME = [
 
 EXTRAS = {
     "dev": [
+        "ccxt",
         "build",
         "execnb<0.2",
         "fastcore<2",

@@ -1,10 +1,18 @@
 """Files of bars as vendors write them, synthetic and real, and what becomes of them."""
 
 import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +21,8 @@ from kallos.core.errors import DataError
 from kallos.core.schemas import BAR_COLUMNS, PRICE_COLUMNS
 from kallos.data.bars import gap_map, segment_ids
 from kallos.data.features import compute_features, registered
+from kallos.data.files import find_files, read_bars_file, read_raw, stream_raw, symbols_of
 from kallos.data.sample import sample_bars
-from kallos.data.sources import find_raw_files, read_bars_file
 from kallos.data.store import WriteReport, connect, read_bars, read_features, write_bars, write_features
 
 KLINE = ["open_time", *BAR_COLUMNS[:5], "close_time", *BAR_COLUMNS[5:], "ignore"]
@@ -57,16 +65,34 @@ def as_kline(bars: pd.DataFrame, stamp: str = "ms") -> pd.DataFrame:
     return table[KLINE]
 
 
+def assert_same(read: pd.DataFrame, bars: pd.DataFrame) -> None:
+    """That the file's bars are these to the bit; bars of an exchange are not filled."""
+    wanted = bars if "is_filled" in bars else bars.assign(is_filled=False)
+    pd.testing.assert_frame_equal(read, wanted, check_exact=True)
+
+
+def write(table: pd.DataFrame, path: Path) -> Path:
+    """The table in the format that the path's name says."""
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".feather":
+        table.to_feather(path)
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"{path.stem}.csv", table.to_csv(index=False))
+    else:
+        table.to_csv(path, index=False)
+    return path
+
+
 # Every way of writing the same bars
 
 
-@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".parquet", ".feather", ".zip"])
 @pytest.mark.parametrize("stamp", STAMPS)
 def test_every_stamp_in_every_format(tmp_path, bars, stamp, ending):
-    path = tmp_path / f"bars{ending}"
-    table = as_kline(bars, stamp)
-    table.to_parquet(path) if ending == ".parquet" else table.to_csv(path, index=False)
-    pd.testing.assert_frame_equal(read_bars_file(path, timeframe="1h"), bars, check_exact=True)
+    path = write(as_kline(bars, stamp), tmp_path / f"bars{ending}")
+    assert_same(read_bars_file(path, timeframe="1h"), bars)
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
@@ -74,30 +100,46 @@ def test_every_stamp_in_every_format(tmp_path, bars, stamp, ending):
 def test_every_vendor_s_names(tmp_path, bars, vendor, change):
     header = ",".join(map(change, VENDORS[vendor]))
     (tmp_path / "bars.csv").write_text(f"{header}\n" + as_kline(bars).to_csv(index=False, header=False))
-    pd.testing.assert_frame_equal(read_bars_file(tmp_path / "bars.csv", timeframe="1h"), bars, check_exact=True)
+    assert_same(read_bars_file(tmp_path / "bars.csv", timeframe="1h"), bars)
 
 
-@pytest.mark.parametrize("columns", [6, 12])
+@pytest.mark.parametrize("columns", [6, 11, 12])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_no_header(tmp_path, bars, columns, line_end, mark):
     text = as_kline(bars).iloc[:, :columns].to_csv(index=False, header=False, lineterminator=line_end)
     (tmp_path / "bars.csv").write_bytes(mark + text.encode())
-    wanted = bars if columns == 12 else bars.iloc[:, :6]
-    pd.testing.assert_frame_equal(read_bars_file(tmp_path / "bars.csv", timeframe="1h"), wanted, check_exact=True)
+    assert_same(read_bars_file(tmp_path / "bars.csv", timeframe="1h"), bars if columns > 6 else bars.iloc[:, :6])
+    assert read_raw(tmp_path / "bars.csv")[1][0].kind.endswith("without header")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_other_separators(tmp_path, bars, separator):
+    as_kline(bars).to_csv(tmp_path / "bars.csv", index=False, sep=separator)
+    assert_same(read_bars_file(tmp_path / "bars.csv", timeframe="1h"), bars)
+
+
+def test_kraken_has_seven_columns_and_no_header(tmp_path, bars):
+    table = as_kline(bars, "s")[["open_time", *BAR_COLUMNS[:5], "number_of_trades"]]
+    table.to_csv(tmp_path / "XBTUSD_60.csv", index=False, header=False)
+    assert_same(read_bars_file(tmp_path / "XBTUSD_60.csv", timeframe="1h"), bars[["ts", *table.columns[1:]]])
 
 
 def test_the_time_in_a_parquet_index(tmp_path, bars):
     bars.set_index("ts").to_parquet(tmp_path / "bars.parquet")
     bars.set_index("ts").rename_axis(None).to_parquet(tmp_path / "nameless.parquet")
     for name in ("bars", "nameless"):
-        pd.testing.assert_frame_equal(read_bars_file(tmp_path / f"{name}.parquet", timeframe="1h"), bars)
+        assert_same(read_bars_file(tmp_path / f"{name}.parquet", timeframe="1h"), bars)
 
 
 def test_bars_that_kallos_wrote_keep_their_fillers(tmp_path, bars):
-    filled = bars.assign(is_filled=bars.index % 7 == 0)
-    filled.to_csv(tmp_path / "bars.csv", index=False)
-    pd.testing.assert_frame_equal(read_bars_file(tmp_path / "bars.csv", timeframe="1h"), filled, check_exact=True)
+    flat = bars.index % 7 == 0
+    filled = bars.assign(is_filled=flat)
+    filled.loc[flat, BAR_COLUMNS[4:]] = 0.0
+    for name in ("open", "high", "low"):
+        filled.loc[flat, name] = filled.loc[flat, "close"]
+    for ending in (".csv", ".parquet", ".feather"):
+        assert_same(read_bars_file(write(filled, tmp_path / f"bars{ending}"), timeframe="1h"), filled)
 
 
 @settings(max_examples=25, deadline=None)
@@ -106,8 +148,201 @@ def test_every_decimal_is_read_exactly(tmp_path_factory, price, volume):
     path = tmp_path_factory.mktemp("exact") / "bars.csv"
     rows = [f"{1735689600 + 3600 * hour},{price!r},{price!r},{price!r},{price!r},{volume!r}" for hour in range(2)]
     path.write_text("\n".join(rows))
-    read = read_bars_file(path, timeframe="1h")
+    read, _ = read_raw(path)
     assert (read[PRICE_COLUMNS] == price).all(axis=None) and (read["volume"] == volume).all()
+
+
+# freqtrade
+
+
+def as_freqtrade(bars: pd.DataFrame) -> list[list[float]]:
+    return as_kline(bars).iloc[:, :6].to_numpy(float).tolist()
+
+
+def test_freqtrade_s_feather(tmp_path, bars):
+    table = bars.iloc[:, :6].rename(columns={"ts": "date"})
+    table.assign(date=table["date"].astype("datetime64[ms, UTC]")).to_feather(
+        tmp_path / "BTC_USDT-1h.feather", compression="lz4", compression_level=9
+    )
+    assert_same(read_bars_file(tmp_path / "BTC_USDT-1h.feather", timeframe="1h"), bars.iloc[:, :6])
+    raw, (seen,) = read_raw(tmp_path / "BTC_USDT-1h.feather")
+    assert (seen.kind, symbols_of(raw)) == ("freqtrade Feather", {"BTCUSDT"})
+
+
+@pytest.mark.parametrize("ending", [".json", ".json.gz", ".zip"])
+@pytest.mark.parametrize("spaced", [{"separators": (",", ":")}, {}, {"indent": 1}], ids=["tight", "loose", "indented"])
+def test_freqtrade_s_json(tmp_path, bars, ending, spaced):
+    text, path = json.dumps(as_freqtrade(bars), **spaced), tmp_path / f"BTC_USDT-1h{ending}"
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("BTC_USDT-1h.json", text)
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
+    assert_same(read_bars_file(path, timeframe="1h"), bars.iloc[:, :6])
+    assert read_raw(path)[1][0].kind == "freqtrade JSON"
+
+
+def test_binance_s_own_json(tmp_path, bars):
+    rows = [
+        [row[0], *map(str, row[1:6]), row[6], *map(str, row[7:])] for row in as_kline(bars).to_numpy(object).tolist()
+    ]
+    (tmp_path / "bars.json").write_text(json.dumps(rows))
+    assert_same(read_bars_file(tmp_path / "bars.json", timeframe="1h"), bars)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    {
+        '{"open": [1]}': "no list of rows",
+        '[{"open": 1}]': "no list of rows",
+        "[1, 2]": "no list of rows",
+        "[[1735689600000, 1, 1, 1, 1, 1], [173": "ends in the middle",
+        "": "no list of rows",
+    }.items(),
+)
+def test_json_that_is_no_list_of_rows(tmp_path, text, said):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(DataError, match=f"{said}.*bad.json"):
+        read_raw(tmp_path / "bad.json")
+
+
+# CryptoDataDownload
+
+
+def as_cdd(bars: pd.DataFrame, *, unix: bool = True, quote: str = "Volume USDT", base: str = "Volume BTC") -> str:
+    """The bars as CryptoDataDownload writes them: newest first, a line about itself above the header."""
+    table = bars[::-1].assign(
+        unix=STAMPS["ms"](bars["ts"]),
+        date=bars["ts"].dt.strftime("%Y-%m-%d %I-%p"),
+        symbol="BTC/USDT",
+        tradecount=bars["number_of_trades"].astype(int),
+    )
+    table = table.rename(columns={"volume": base, "quote_asset_volume": quote})
+    names = ["date", "symbol", *PRICE_COLUMNS, base, quote, "tradecount"]
+    text = table[["unix", *names] if unix else names].to_csv(index=False, na_rep="NULL")
+    return "https://www.CryptoDataDownload.com\n" + text
+
+
+@pytest.mark.parametrize("unix", [True, False])
+@pytest.mark.parametrize(
+    ("base", "quote"),
+    [("Volume BTC", "Volume USDT"), ("volume_btc", "volume"), ("volume", "volume_usd"), ("Volume", "q")],
+)
+def test_two_volumes(tmp_path, bars, unix, base, quote):
+    (tmp_path / "bars.csv").write_text(as_cdd(bars, unix=unix, base=base, quote=quote))
+    wanted = bars.drop(columns=BAR_COLUMNS[-2:])
+    wanted = wanted if quote != "q" else wanted.drop(columns="quote_asset_volume")
+    assert_same(read_bars_file(tmp_path / "bars.csv", timeframe="1h"), wanted)
+    raw, (seen,) = read_raw(tmp_path / "bars.csv")
+    assert seen.kind == "CryptoDataDownload CSV" and symbols_of(raw) == {"BTCUSDT"}
+    assert raw["row"].tolist() == [*range(1, len(bars) + 1)] and raw["ts"].is_monotonic_decreasing
+    assert not unix or (raw["ts"] == raw["ts_other"]).all()
+
+
+def test_volumes_that_only_the_numbers_tell(tmp_path, bars):
+    table = as_kline(bars)[["open_time", *BAR_COLUMNS[:6]]].rename(columns={"quote_asset_volume": "volume_two"})
+    table.rename(columns={"volume": "volume_one"}).to_csv(tmp_path / "bars.csv", index=False)
+    read = read_bars_file(tmp_path / "bars.csv", timeframe="1h")
+    assert_same(read, bars.iloc[:, :7])
+    unclear = table.rename(columns={"volume": "volume_one"}).assign(volume_two=table["volume"])
+    unclear.to_csv(tmp_path / "unclear.csv", index=False)
+    with pytest.raises(DataError, match=r"volume in the base asset; got \['volume_one', 'volume_two'\].*--map volume="):
+        read_raw(tmp_path / "unclear.csv")
+    wanted = bars.iloc[:, :6]
+    assert_same(read_bars_file(tmp_path / "unclear.csv", timeframe="1h", mapping={"volume": "volume_one"}), wanted)
+
+
+def test_the_user_s_own_choice(tmp_path, bars):
+    table = as_kline(bars)[["open_time", *BAR_COLUMNS[:5]]]
+    table.columns = ["Zeit", "Erster", "Hoch", "Tief", "Letzter", "Menge"]
+    table.to_csv(tmp_path / "bars.csv", index=False)
+    mapping = dict(zip(["ts", *BAR_COLUMNS[:5]], table.columns, strict=True))
+    assert_same(read_bars_file(tmp_path / "bars.csv", timeframe="1h", mapping=mapping), bars.iloc[:, :6])
+    with pytest.raises(DataError, match=r"has no column for --map volume=Volumen; got \['Zeit', 'Erster'"):
+        read_raw(tmp_path / "bars.csv", mapping={**mapping, "volume": "Volumen"})
+    with pytest.raises(DataError, match="lacks the columns ts, open.*--map ts=NAME"):
+        read_raw(tmp_path / "bars.csv")
+    with pytest.raises(DataError, match="--map knows no such column; got 'price'"):
+        read_raw(tmp_path / "bars.csv", mapping={"price": "Letzter"})
+
+
+# Times, row by row
+
+
+NOTATIONS = {
+    "s": lambda ts: str(ts.value // 10**9),
+    "float s": lambda ts: f"{ts.value // 10**9}.0",
+    "ms": lambda ts: str(ts.value // 10**6),
+    "us": lambda ts: str(ts.value // 10**3),
+    "ns": lambda ts: str(ts.value),
+    "ISO": lambda ts: ts.strftime("%Y-%m-%d %H:%M:%S"),
+    "ISO ms": lambda ts: ts.strftime("%Y-%m-%d %H:%M:%S.000"),
+    "zone": lambda ts: ts.tz_convert("Asia/Kolkata").isoformat(),
+    "UTC": lambda ts: ts.strftime("%Y-%m-%d %H:%M:%S.%f UTC"),
+    "AM/PM": lambda ts: ts.strftime("%Y-%m-%d %I-%p"),
+    "slashes": lambda ts: ts.strftime("%Y/%m/%d %H:%M"),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.datetimes(pd.Timestamp("2010-01-01"), pd.Timestamp("2060-01-01")), st.sampled_from([*NOTATIONS])),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_every_row_may_have_a_notation_of_its_own(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("times") / "bars.csv"
+    times = [pd.Timestamp(when, tz="UTC").floor("h") for when, _ in rows]
+    written = [NOTATIONS[notation](ts.as_unit("ns")) for ts, (_, notation) in zip(times, rows, strict=True)]
+    path.write_text("date,open,high,low,close,volume\n" + "".join(f"{stamp},1,1,1,1,1\n" for stamp in written))
+    assert read_raw(path)[0]["ts"].tolist() == times
+
+
+def test_two_times_are_both_kept_unless_the_second_is_none(tmp_path, bars):
+    table = as_kline(bars, "ms").rename(columns={"open_time": "unix"}).drop(columns="close_time")
+    hours = bars["ts"].dt.strftime("%Y-%m-%d %H:%M")
+    for date, kept in ((hours, True), (bars["ts"].dt.strftime("%Y-%m-%d"), False), ("00:00.0", False), (np.nan, False)):
+        table.assign(date=date).to_csv(tmp_path / "bars.csv", index=False)
+        raw, (seen,) = read_raw(tmp_path / "bars.csv")
+        assert ("ts_other" in raw, bool(seen.notes)) == (kept, not kept)
+        assert (raw["ts"] == bars["ts"]).all()
+    table.assign(unix="00:00.0", date=hours).to_csv(tmp_path / "bars.csv", index=False)
+    assert (read_raw(tmp_path / "bars.csv")[0]["ts"] == bars["ts"]).all()
+
+
+def test_what_cannot_be_read_is_nat_or_nan_and_said(tmp_path, bars):
+    table = as_kline(bars).astype(object)
+    table.loc[3, "close"], table.loc[5, "close"], table.loc[4, "open_time"] = "n.a.", "", "soon"
+    table.loc[6, "volume"], table.loc[7, "number_of_trades"] = "inf", "NULL"
+    raw, (seen,) = read_raw(write(table, tmp_path / "bars.csv"))
+    assert raw.index[raw["close"].isna()].tolist() == [3, 5] and raw.index[raw["ts"].isna()].tolist() == [4]
+    assert raw.loc[6, "volume"] == np.inf and np.isnan(raw.loc[7, "number_of_trades"])
+    assert seen.notes == ["close: 1 cells are no numbers, first in row 4"]
+
+
+def test_a_cell_that_is_none_far_down_in_a_large_file(tmp_path):
+    rows = [f"{1262304000 + 60 * n},{n + 0.5},1e9,{n},{n + 1},7" for n in range(250_000)]
+    rows[200_000] = rows[200_000].replace(",7", ",seven")
+    (tmp_path / "bars.csv").write_text("unix,open,high,low,close,volume\n" + "\n".join(rows))
+    raw, (seen,) = read_raw(tmp_path / "bars.csv")
+    assert raw["row"].tolist() == [*range(1, 250_001)] and (raw["open"] == raw["row"] - 0.5).all()
+    assert raw.index[raw["volume"].isna()].tolist() == [200_000]
+    assert seen.notes == ["volume: 1 cells are no numbers, first in row 200001"]
+
+
+# Symbols
+
+
+def test_symbols_of_columns_and_names(tmp_path, bars):
+    table = as_kline(bars).iloc[:, :6]
+    mixed = table.assign(symbol=np.where(table.index < 5, "BTC/USDT", "ETH/USDT"))
+    assert symbols_of(read_raw(write(mixed, tmp_path / "a.csv"))[0]) == {"BTCUSDT", "ETHUSDT"}
+    assert symbols_of(read_raw(write(table, tmp_path / "bars.csv"))[0]) == set()
+    with stream_raw([write(table, tmp_path / "SOLUSDT-1h.zip"), tmp_path / "a.csv"], timeframe="1h") as stream:
+        assert stream.symbols == {"BTCUSDT", "ETHUSDT", "SOLUSDT"}
+        assert symbols_of(pd.concat([*stream])) == stream.symbols
 
 
 # What is refused

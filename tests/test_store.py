@@ -1,5 +1,8 @@
 """The store on SQLite and on a real PostgreSQL whose time zone is not UTC."""
 
+import signal
+import subprocess
+import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,14 +13,20 @@ import pytest
 import sqlalchemy as sa
 
 from kallos.core.errors import ConfigError, DataError
-from kallos.data import store
+from kallos.data import bulk, merging, tables
+from kallos.data.ledger import CHANGE_COLUMNS, QUARANTINE_COLUMNS, Repaired
+from kallos.data.records import last_funding, read_funding, read_quarantine, read_repairs, write_funding
 from kallos.data.sample import sample_bars
 from kallos.data.store import (
     WriteReport,
+    bar_batch,
     connect,
+    last_bar,
     list_assets,
     read_bars,
     read_features,
+    stale_from,
+    stored_features,
     to_url,
     write_bars,
     write_features,
@@ -93,7 +102,8 @@ def test_writing_twice_changes_nothing(engine, bars):
 
 
 def test_corrected_bars_are_updated(engine, bars, monkeypatch):
-    monkeypatch.setattr(store, "_CHUNK", 50)
+    monkeypatch.setattr(bulk, "_CHUNK", 50)
+    monkeypatch.setattr(merging, "_CHUNK", 70)
     write_bars(engine, bars, **BTC)
     mended = bars.assign(volume=bars["volume"].where(bars.index % 100 != 7, 1.0))
     assert write_bars(engine, mended, **BTC) == WriteReport(updated=6, unchanged=len(bars) - 6)
@@ -134,9 +144,7 @@ def test_timeframes_of_one_asset_do_not_mix(engine, bars):
 # Another instrument
 
 
-@pytest.mark.parametrize(
-    "other", [{"venue": "kraken"}, {"market": "perpetual"}, {"quote": "EUR"}, {"venue": "unknown"}]
-)
+@pytest.mark.parametrize("other", [{"venue": "kraken"}, {"market": "perpetual"}, {"quote": "EUR"}])
 def test_another_instrument_is_refused(engine, bars, other):
     mine = {"venue": "binance", "market": "spot", "quote": "USDT"}
     write_bars(engine, bars[:9], **BTC, **mine)
@@ -145,55 +153,237 @@ def test_another_instrument_is_refused(engine, bars, other):
     assert len(read_bars(engine, **BTC)) == 9
 
 
+def test_what_nobody_told_is_in_no_conflict_and_is_filled_in(engine, bars):
+    write_bars(engine, bars[:9], **BTC)
+    assert list_assets(engine)[["venue", "market", "quote"]].to_numpy().tolist() == [["unknown", "spot", None]]
+    for told in ({"venue": "unknown"}, {"market": "perpetual"}, {"venue": "binance", "quote": "USDT"}, {}):
+        write_bars(engine, bars[:9], **BTC, **told)
+    assert list_assets(engine)[["venue", "market", "quote"]].to_numpy().tolist() == [["binance", "perpetual", "USDT"]]
+    with pytest.raises(DataError, match="another instrument"):
+        write_bars(engine, bars, **BTC, market="spot")
+
+
 def test_replace_deletes_every_timeframe_and_its_features(engine, bars):
     write_bars(engine, bars, **BTC, venue="sample")
     write_features(engine, features_of(bars), **BTC)
+    write_funding(engine, bars[["ts"]].assign(rate=0.1), asset_id="BTC")
+    with bar_batch(engine, **BTC) as batch:
+        batch.add(repaired(bars))
     write_bars(engine, bars[:5], asset_id="BTC", timeframe="1h", venue="binance", replace=True)
-    assert list_assets(engine)[["venue", "timeframe", "bars", "features"]].to_numpy().tolist() == [
-        ["binance", "1h", 5, 0]
-    ]
+    listed = list_assets(engine)[["venue", "timeframe", "bars", "features"]]
+    assert listed.to_numpy().tolist() == [["binance", "1h", 5, 0]]
+    assert len(read_quarantine(engine, **BTC)) + len(read_repairs(engine, **BTC)) == 0
+    assert len(read_funding(engine, asset_id="BTC")) == 0
+
+
+def test_bars_may_have_holes_where_others_are_stored(engine, bars):
+    write_bars(engine, bars[bars.index % 2 == 0], **BTC)
+    odd = bars[(bars.index % 3 == 0) | (bars.index == 545)]
+    write_bars(engine, odd, **BTC)
+    same(read_bars(engine, **BTC), bars[(bars.index % 2 == 0) | bars.index.isin(odd.index)])
+
+
+def test_no_word_about_filling_means_not_filled(engine, bars):
+    write_bars(engine, bars, **BTC)
+    assert write_bars(engine, bars.assign(is_filled=False), **BTC) == WriteReport(unchanged=len(bars))
+    assert write_bars(engine, bars.assign(is_filled=bars.index == 3), **BTC) == WriteReport(0, 1, len(bars) - 1)
+    assert read_bars(engine, **BTC)["is_filled"].tolist() == [index == 3 for index in range(len(bars))]
+
+
+def test_later_bars_are_written_without_reading_what_is_stored(engine, bars, monkeypatch):
+    write_bars(engine, bars[:300], **BTC)
+    monkeypatch.setattr(merging, "fetch_rows", None)
+    assert write_bars(engine, bars[300:], **BTC) == WriteReport(inserted=len(bars) - 300)
+    same(read_bars(engine, **BTC), bars)
+
+
+# What the repair leaves behind
+
+
+def repaired(bars: pd.DataFrame, *, source: str = "4h.csv") -> Repaired:
+    """The first row without a readable time, the second kept out, the third with another volume."""
+    rows = bars.assign(source=source, row=np.arange(1, len(bars) + 1))
+    out = rows[:2].assign(
+        ts=rows["ts"].iloc[:2].mask([True, False]), rule=["unreadable_time", "not_finite"], high=np.inf
+    )
+    change = rows.loc[rows.index[2:3], ["source", "row", "ts"]]
+    change = change.assign(column="volume", old=-1e-300, new=rows["volume"].iloc[2], rule="Bär 'ß'")
+    return Repaired(bars[2:], out[QUARANTINE_COLUMNS], change[CHANGE_COLUMNS])
+
+
+def test_records_come_back_as_they_were(engine, bars):
+    came = repaired(bars)
+    for _ in range(2):
+        with bar_batch(engine, **BTC) as batch:
+            batch.add(came)
+    assert batch.report == WriteReport(unchanged=len(bars) - 2)
+    out, changes = read_quarantine(engine, **BTC), read_repairs(engine, **BTC)
+    same(out, came.quarantine[out.columns].sort_values("ts"))
+    same(changes, came.changes)
+
+
+def test_chunks_keep_each_other_s_records(engine, bars):
+    with bar_batch(engine, **BTC) as batch:
+        for start in range(0, 500, 100):
+            batch.add(repaired(bars[start : start + 100], source=f"{start}.csv"))
+    assert batch.report == WriteReport(inserted=490)
+    out = read_quarantine(engine, **BTC)
+    assert (len(out), out["ts"].isna().sum(), len(read_repairs(engine, **BTC))) == (10, 5, 5)
+    with bar_batch(engine, **BTC) as batch:
+        batch.add(repaired(bars[100:200], source="other.csv"))
+    assert sorted(read_repairs(engine, **BTC)["source"]) == ["0.csv", "200.csv", "300.csv", "400.csv", "other.csv"]
+    assert len(read_quarantine(engine, **BTC)) == 11
+
+
+def test_a_row_in_quarantine_leaves_the_repair_of_a_stored_bar(engine, bars):
+    came = repaired(bars)
+    with bar_batch(engine, **BTC) as batch:
+        batch.add(came)
+        batch.add(Repaired(bars[:0], came.quarantine.assign(ts=came.changes["ts"].iloc[0]), came.changes[:0]))
+    assert len(read_repairs(engine, **BTC)) == 1
+
+
+def test_funding_is_kept_apart_from_bars(engine, bars):
+    rates = pd.DataFrame({"ts": bars["ts"][::2], "rate": np.linspace(-1e-3, 1e-3, len(bars) // 2)})
+    write_funding(engine, rates[:100], asset_id="BTC", market="perpetual")
+    assert last_funding(engine, asset_id="BTC") == rates["ts"].iloc[99]
+    assert write_funding(engine, rates, asset_id="BTC") == WriteReport(173, 0, 100)
+    same(read_funding(engine, asset_id="BTC"), rates)
+    assert last_bar(engine, **BTC) is None
+
+
+# What is out of date
+
+
+def test_features_are_stale_from_the_first_bar_that_changed(engine, bars):
+    write_bars(engine, bars[:500], **BTC)
+    assert stale_from(engine, **BTC) == bars["ts"].iloc[0]
+    write_features(engine, features_of(bars[:500], rsi=1.0), **BTC)
+    assert stale_from(engine, **BTC) is None
+    write_bars(engine, bars[:500], **BTC)
+    assert stale_from(engine, **BTC) is None
+    write_bars(engine, bars, **BTC)
+    assert stale_from(engine, **BTC) == bars["ts"].iloc[500]
+    write_bars(engine, bars[200:300].assign(volume=1.0), **BTC)
+    assert stale_from(engine, **BTC) == bars["ts"].iloc[200]
+
+
+def test_features_since_a_time_leave_the_earlier_rows(engine, bars):
+    write_bars(engine, bars, **BTC)
+    write_features(engine, features_of(bars[:500], rsi=1.0), **BTC)
+    since = bars["ts"].iloc[400]
+    assert write_features(engine, features_of(bars[300:], rsi=2.0), **BTC, since=since) == len(bars) - 400
+    same(read_features(engine, **BTC), features_of(bars, rsi=np.where(bars.index < 400, 1.0, 2.0)))
+    assert stale_from(engine, **BTC) is None
+    assert stored_features(engine, **BTC) == [*list(bars)[1:], "rsi"]
+    with pytest.raises(DataError, match=r"others than these; got \['mfi', 'rsi'\]"):
+        write_features(engine, features_of(bars, mfi=2.0), **BTC, since=since)
+
+
+def test_a_database_of_an_earlier_kallos_opens_and_is_stale_as_a_whole(db_url, bars):
+    engine = connect(db_url)
+    write_bars(engine, bars[:500], **BTC, market="spot")
+    tables.METADATA.drop_all(engine, tables=[tables.SERIES, tables.FUNDING, tables.QUARANTINE, tables.REPAIRS])
+    engine = connect(db_url, create=False)
+    assert stale_from(engine, **BTC) == bars["ts"].iloc[0]
+    write_bars(engine, bars, **BTC)
+    assert stale_from(engine, **BTC) == bars["ts"].iloc[0]
+    assert (len(read_quarantine(engine, **BTC)), stored_features(engine, **BTC)) == (0, [])
 
 
 # All or nothing
 
 
-def stop_at(engine: sa.Engine, start_of_statement: str, count: int) -> None:
-    """Interrupts the engine in the statement of that beginning that is its `count`th."""
-    seen = []
+def stop_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Interrupts the writing of rows before the chunk of that number, counted from 1."""
+    chunks, seen = bulk._chunks, []
 
-    @sa.event.listens_for(engine, "before_cursor_execute")
-    def interrupt(connection, cursor, statement, *others):
-        seen.extend([statement] if statement.startswith(start_of_statement) else [])
-        if len(seen) == count:
-            raise KeyboardInterrupt
+    def interrupted(rows: pd.DataFrame):
+        for chunk in chunks(rows):
+            seen.append(len(chunk))
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(bulk, "_CHUNK", 50)
+    monkeypatch.setattr(bulk, "_chunks", interrupted)
 
 
-@pytest.mark.parametrize("stored", [0, 300])
-def test_an_interrupted_write_of_bars_leaves_no_trace(db_url, bars, monkeypatch, stored):
-    monkeypatch.setattr(store, "_CHUNK", 50)
-    if stored:
-        write_bars(connect(db_url), bars[:stored], **BTC, venue="binance")
-    engine = connect(db_url)
-    stop_at(engine, "INSERT INTO bars", 4)
+def everything_in(engine: sa.Engine) -> dict[str, list]:
+    with engine.connect() as connection:
+        return {name: connection.execute(sa.select(table)).all() for name, table in tables.METADATA.tables.items()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_interrupted_batch_leaves_no_trace(engine, bars, monkeypatch, count, replace):
+    with bar_batch(engine, **BTC, venue="binance") as batch:
+        batch.add(repaired(bars[:300]))
+    write_features(engine, features_of(bars[:300]), **BTC)
+    before = everything_in(engine)
+    stop_at(monkeypatch, count)
+    with pytest.raises(KeyboardInterrupt), bar_batch(engine, **BTC, replace=replace, quote="USDT") as batch:
+        batch.add(repaired(bars.assign(volume=2.0)))
+    assert everything_in(engine) == before
+
+
+def test_an_interrupted_first_write_leaves_no_trace(engine, bars, monkeypatch):
+    stop_at(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        write_bars(engine, bars.assign(volume=2.0), **BTC, venue="sample", replace=True)
-    listed = list_assets(connect(db_url))
-    assert listed["bars"].tolist() == ([stored] if stored else [])
-    if stored:
-        same(read_bars(connect(db_url), **BTC), bars[:stored])
+        write_bars(engine, bars, **BTC, venue="sample")
+    assert not any(everything_in(engine).values())
 
 
-def test_an_interrupted_write_of_features_leaves_the_old_ones(db_url, bars, monkeypatch):
-    monkeypatch.setattr(store, "_CHUNK", 50)
-    write_bars(connect(db_url), bars, **BTC)
-    write_features(connect(db_url), features_of(bars, rsi=1.0), **BTC)
-    engine = connect(db_url)
-    stop_at(engine, "INSERT INTO features", 3)
+def test_an_interrupted_write_of_features_leaves_the_old_ones(engine, bars, monkeypatch):
+    write_bars(engine, bars, **BTC)
+    write_features(engine, features_of(bars, rsi=1.0), **BTC)
+    before = everything_in(engine)
+    stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         write_features(engine, features_of(bars, rsi=2.0, mfi=3.0), **BTC)
-    same(read_features(connect(db_url), **BTC), features_of(bars, rsi=1.0))
-    with connect(db_url).connect() as connection:
+    assert everything_in(engine) == before
+    with engine.connect() as connection:
         assert "mfi" not in [column["name"] for column in sa.inspect(connection).get_columns("features")]
+
+
+KILLED = """
+import os, signal, sys
+import pandas as pd
+from kallos.data import bulk
+from kallos.data.sample import sample_bars
+from kallos.data.store import bar_batch, connect
+
+bars, chunks, seen = sample_bars(timeframe="4h", start="2024-01-01", end="2024-03-31"), bulk._chunks, []
+
+def killed(rows):
+    for chunk in chunks(rows):
+        seen.append(0)
+        if len(seen) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield chunk
+
+bulk._CHUNK, bulk._chunks = 50, killed
+with bar_batch(connect(sys.argv[1]), asset_id="BTC", timeframe="4h") as batch:
+    for start in range(0, len(bars), 100):
+        batch.add_bars(bars[start : start + 100])
+"""
+
+
+@pytest.mark.parametrize("count", [4, 10])
+def test_a_killed_process_leaves_nothing_and_the_next_completes_its_work(db_url, bars, count):
+    write_bars(connect(db_url), bars[:70], **BTC)
+    before = everything_in(connect(db_url))
+    done = subprocess.run([sys.executable, "-c", KILLED, db_url, str(count)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert everything_in(connect(db_url)) == before
+    assert write_bars(connect(db_url), bars, **BTC) == WriteReport(inserted=len(bars) - 70, unchanged=70)
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, bars):
+    engine = connect(f"sqlite:///{tmp_path / 'kallos.db'}")
+    sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("PRAGMA max_page_count = 20"))
+    with pytest.raises(DataError, match=r"the database cannot be used \(database or disk is full\)"):
+        write_bars(engine, bars.assign(is_filled=False), **BTC)
 
 
 # Several at once

@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy(
             "FEATURES",
             "FORECASTS",
             "FORECAST_KEYS",
+            "LABELS",
             "OPTIONAL_BAR_COLUMNS",
             "PRICE_COLUMNS",
             "TIMEFRAMES",

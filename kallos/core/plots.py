@@ -89,32 +89,37 @@ def _shade_gaps(figure: go.Figure, gaps: pd.DataFrame) -> None:
     )
     figure.update_layout(yaxis3={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True})
 
-# %% ../../nbs/core/06_plots.ipynb #730d455f
-_PARTS = {"train": MODEL, "purge": "#999999", "embargo": "#CCCCCC", "validation": NAIVE}
-
-
+# %% ../../nbs/core/06_plots.ipynb #6ffbb5ba
 def plot_folds(
-    layout: pd.DataFrame,  # one row a span: fold, part (train, purge, embargo, validation), start and end (UTC)
+    layout: pd.DataFrame,  # a row a stretch: fold, part (of `_PARTS`), start and end (UTC, or row numbers), maybe rows
 ) -> go.Figure:
     """Each fold as a row of bars over time, one colour a part."""
+    timed = pd.api.types.is_datetime64_any_dtype(layout["start"])
+    drawn = layout.assign(length=_bar_lengths(layout) / (pd.Timedelta("1ms") if timed else 1))
     figure = go.Figure()
     for part in [name for name in _PARTS if name in {*layout["part"]}]:
-        spans = layout[layout["part"] == part]
-        figure.add_bar(
-            base=spans["start"],
-            x=(spans["end"] - spans["start"]) / pd.Timedelta("1ms"),
-            y=spans["fold"].astype(str),
-            customdata=spans[["start", "end"]].astype(str),
-            hovertemplate=f"fold %{{y}}, {part}<br>%{{customdata[0]}} to %{{customdata[1]}}<extra></extra>",
-            orientation="h",
-            marker_color=_PARTS[part],
-            name=part,
-        )
-    title, height = f"{layout['fold'].nunique()} folds", 160 + 36 * layout["fold"].nunique()
-    _finish(figure, title, x=TIME, y="fold", height=height, barmode="overlay", xaxis_type="date")
+        rows = drawn[drawn["part"] == part]
+        look = {"orientation": "h", "marker_color": _PARTS[part], "marker_line_width": 0, "name": part}
+        hover = f"fold %{{y}}, {part}<br>%{{customdata[0]}} to %{{customdata[1]}}<extra></extra>"
+        said = {"customdata": rows[["start", "end"]].astype(str), "hovertemplate": hover}
+        figure.add_bar(base=rows["start"], x=rows["length"], y=rows["fold"].astype(str), **look, **said)
+    axis = {"x": TIME, "xaxis_type": "date"} if timed else {"x": "row", "xaxis_type": "linear"}
+    folds = layout["fold"].nunique()
+    title, height = "1 fold" if folds == 1 else f"{folds} folds", min(160 + 36 * folds, 1200)
+    _finish(figure, title, y="fold", height=height, barmode="overlay", **axis)
     return figure.update_yaxes(type="category", autorange="reversed")
 
-# %% ../../nbs/core/06_plots.ipynb #2d8fa64d
+# %% ../../nbs/core/06_plots.ipynb #a017707e
+_PARTS = {"train": MODEL, "purge": "#999999", "embargo": "#CCCCCC", "validation": NAIVE, "test": MARK}
+
+
+def _bar_lengths(layout: pd.DataFrame) -> pd.Series:
+    length = layout["end"] - layout["start"]
+    if "rows" not in layout or (several := layout["rows"] > 1).sum() == 0:
+        return length
+    return length + (length[several] / (layout["rows"][several] - 1)).min()
+
+# %% ../../nbs/core/06_plots.ipynb #ba34f197
 def plot_fold_scores(
     scores: pd.DataFrame,  # one row a fold: fold, rmse and rmse_naive
     *,
@@ -131,7 +136,7 @@ def plot_fold_scores(
     title = f"RMSE lower than the naive forecast's in {better} of {len(scores)} folds"
     return _finish(figure, title, x="fold", y=f"RMSE ({unit})", xaxis_type="category", barmode="group")
 
-# %% ../../nbs/core/06_plots.ipynb #7ab6d474
+# %% ../../nbs/core/06_plots.ipynb #0b84200e
 def plot_learning_curves(
     history: pd.DataFrame,  # one row a fold and epoch: fold, epoch, train_loss and val_loss
 ) -> go.Figure:
@@ -152,7 +157,7 @@ def plot_learning_curves(
     title = "Training (dotted) and validation (solid) loss" if len(rows) else "Training loss"
     return _finish(figure, title, x="epoch", y="loss (scaled units, squared)", hovermode="x unified")
 
-# %% ../../nbs/core/06_plots.ipynb #4ce82fd3
+# %% ../../nbs/core/06_plots.ipynb #1e248f76
 def plot_forecasts(
     forecasts: pd.DataFrame,  # a Forecasts table of one model, asset, timeframe, horizon and target; any folds
 ) -> go.Figure:
@@ -173,7 +178,7 @@ def _check_one(forecasts: pd.DataFrame) -> None:
         if (found := forecasts[key].unique()).size != 1:
             raise DataError(f"a figure shows one {key}", [*found], "Select the rows of one, and draw again.")
 
-# %% ../../nbs/core/06_plots.ipynb #e79bde76
+# %% ../../nbs/core/06_plots.ipynb #91a4cef8
 def _break_at_folds(drawn: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     ends = drawn.loc[drawn["fold"] != drawn["fold"].shift(-1), ["target_ts"]]
     lines = pd.concat([drawn[["target_ts", *columns]], ends]).sort_values("target_ts", kind="stable")
@@ -194,7 +199,7 @@ def _draw_prices(drawn: pd.DataFrame, title: str) -> go.Figure:
         figure.add_scatter(x=lines["target_ts"], y=lines[f"price_{column}"], mode="lines", name=name, line=line)
     return _finish(figure, title, x=TIME, y="price (quote asset)", hovermode="x unified")
 
-# %% ../../nbs/core/06_plots.ipynb #9ee850fb
+# %% ../../nbs/core/06_plots.ipynb #65206868
 def _draw_returns(drawn: pd.DataFrame, title: str) -> go.Figure:
     percent = drawn[["target_ts", "fold"]].assign(truth=100 * drawn["y_true"], model=100 * drawn["y_pred"])
     lines, reach = _break_at_folds(percent, ["truth", "model"]), percent[["truth", "model"]].abs().max().max()

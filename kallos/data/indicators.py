@@ -22,11 +22,10 @@ def log_return(
     lag: int,  # bars
 ) -> np.ndarray:
     """(n) log returns over `lag` bars."""
-    return _after(lag, np.log(bars["close"][lag:] / bars["close"][:-lag]))
-
-
-def _after(bars: int, values: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.full(bars, np.nan), values])
+    close, values = bars["close"], np.full(len(bars["close"]), np.nan)
+    ratio = np.divide(close[lag:], close[:-lag], out=values[lag:])
+    np.log(ratio, out=ratio)
+    return values
 
 # %% ../../nbs/data/12b_indicators.ipynb #4ff53430
 def realised_volatility(
@@ -35,31 +34,49 @@ def realised_volatility(
     period: int,  # bars
 ) -> np.ndarray:
     """(n) root mean squares of the log returns of `period` bars."""
-    return _root(talib.SMA(log_return(bars, lag=1) ** 2, period))
+    step = log_return(bars, lag=1)
+    return _root(talib.SMA(np.square(step, out=step), period))
 
 
+def _root(mean_square: np.ndarray) -> np.ndarray:
+    np.maximum(mean_square, 0, out=mean_square)  # a running sum may end a hair below zero
+    return np.sqrt(mean_square, out=mean_square)
+
+# %% ../../nbs/data/12b_indicators.ipynb #f28ed095
 def garman_klass_volatility(
     bars: Columns,  # reads open, high, low, close
     *,
     period: int,  # bars
 ) -> np.ndarray:
     """(n) Garman-Klass volatilities of `period` bars."""
-    span, body = np.log(bars["high"] / bars["low"]), np.log(bars["close"] / bars["open"])
-    return _root(talib.SMA(span**2 / 2 - (2 * np.log(2) - 1) * body**2, period))
+    span, body = _log_square(bars["high"], bars["low"]), _log_square(bars["close"], bars["open"])
+    span /= 2
+    body *= 2 * np.log(2) - 1
+    return _root(talib.SMA(np.subtract(span, body, out=span), period))
 
 
-def _root(mean_square: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(mean_square, 0))  # a running sum may end a hair below zero
+def _log_square(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    ratio = above / below
+    return np.square(np.log(ratio, out=ratio), out=ratio)
 
-# %% ../../nbs/data/12b_indicators.ipynb #0338cd8f
+# %% ../../nbs/data/12b_indicators.ipynb #0df55344
+def _window_ends(quiet: np.ndarray, period: int) -> np.ndarray:
+    """Positions at which the last `period` values are all True."""
+    found = np.flatnonzero(quiet)
+    back = period - 1
+    return found[back:][found[back:] - found[: len(found) - back] == back] if len(found) > back else found[:0]
+
+
 def _stood_still(high: np.ndarray, low: np.ndarray, period: int) -> np.ndarray:
-    return talib.MAX(high, period) == talib.MIN(low, period)
+    unmoved = (high[1:] == low[:-1]) & (low[1:] == high[:-1])  # with low <= high: all four are one price
+    return _window_ends(unmoved, period - 1) + 1
 
 
-def _bounded(values: np.ndarray, neutral_where: np.ndarray, neutral: float, low: float, high: float) -> np.ndarray:
-    return np.clip(np.where(neutral_where, neutral, values), low, high)
+def _bounded(values: np.ndarray, quiet: np.ndarray, neutral: float, low: float, high: float) -> np.ndarray:
+    values[quiet] = neutral
+    return np.clip(values, low, high, out=values)
 
-# %% ../../nbs/data/12b_indicators.ipynb #24ef8674
+# %% ../../nbs/data/12b_indicators.ipynb #0597b742
 def rsi(
     bars: Columns,  # reads close
 ) -> np.ndarray:
@@ -75,7 +92,7 @@ def adx(
     high, low, close = bars["high"], bars["low"], bars["close"]
     return _bounded(talib.ADX(high, low, close, 14), _stood_still(high, low, 15), 0, 0, 100)
 
-# %% ../../nbs/data/12b_indicators.ipynb #60aaa96d
+# %% ../../nbs/data/12b_indicators.ipynb #9a61c2bb
 def stochastic(
     bars: Columns,  # reads high, low, close
     *,
@@ -87,7 +104,7 @@ def stochastic(
     place = _bounded(fast, _stood_still(high, low, 14), 50, 0, 100)
     for _ in range(smoothings):
         place = talib.SMA(place, 3)
-    return np.clip(place, 0, 100)
+    return np.clip(place, 0, 100, out=place)
 
 
 def williams_r(
@@ -97,17 +114,17 @@ def williams_r(
     high, low, close = bars["high"], bars["low"], bars["close"]
     return _bounded(talib.WILLR(high, low, close, 14), _stood_still(high, low, 14), -50, -100, 0)
 
-# %% ../../nbs/data/12b_indicators.ipynb #2b4e7c79
+# %% ../../nbs/data/12b_indicators.ipynb #e5a53626
 def mfi(
     bars: Columns,  # reads high, low, close, volume
 ) -> np.ndarray:
     """(n) money flow indices of 14 bars, 0 to 100."""
     high, low, close, volume = (bars[name] for name in ("high", "low", "close", "volume"))
-    change = np.diff((high + low + close) / 3, prepend=np.nan)
-    moved = np.where(change == 0, 0.0, volume)
-    return _bounded(talib.MFI(high, low, close, volume, 14), talib.MAX(moved, 14) == 0, 50, 0, 100)
+    typical = (high + low + close) / 3
+    no_flow = (typical[1:] == typical[:-1]) | (volume[1:] == 0)
+    return _bounded(talib.MFI(high, low, close, volume, 14), _window_ends(no_flow, 14) + 1, 50, 0, 100)
 
-# %% ../../nbs/data/12b_indicators.ipynb #7844399d
+# %% ../../nbs/data/12b_indicators.ipynb #691ca5d9
 def macd_diff(
     bars: Columns,  # reads close
     *,
@@ -127,34 +144,46 @@ def atr(
     average = talib.ATR(bars["high"], bars["low"], bars["close"], 14)
     return average / bars["close"] if relative else average
 
-# %% ../../nbs/data/12b_indicators.ipynb #33f1661e
+# %% ../../nbs/data/12b_indicators.ipynb #2b1b96b2
 def sma_distance(
     bars: Columns,  # reads close
     *,
     period: int,  # bars
 ) -> np.ndarray:
     """(n) log distances of the close from its mean over `period` bars."""
-    return np.log(bars["close"] / talib.SMA(bars["close"], period))
+    mean = talib.SMA(bars["close"], period)
+    return np.log(np.divide(bars["close"], mean, out=mean), out=mean)
 
-# %% ../../nbs/data/12b_indicators.ipynb #73279287
+# %% ../../nbs/data/12b_indicators.ipynb #a7194533
 def bollinger_width(
     bars: Columns,  # reads close
 ) -> np.ndarray:
     """(n) widths of the bands as a share of their middle."""
     upper, middle, lower = talib.BBANDS(bars["close"], 20, 2, 2)
-    return np.where(_stood_still(bars["close"], bars["close"], 20), 0, (upper - lower) / middle)
+    width = np.divide(np.subtract(upper, lower, out=upper), middle, out=upper)
+    width[_stood_still(bars["close"], bars["close"], 20)] = 0
+    return width
 
-
+# %% ../../nbs/data/12b_indicators.ipynb #a905a7f6
 def bollinger_position(
     bars: Columns,  # reads close
 ) -> np.ndarray:
     """(n) places of the close: 0 on the lower band, 1 on the upper."""
     close = bars["close"]
-    upper, middle, lower = talib.BBANDS(close, 20, 2, 2)
-    apart = (upper > lower) & ~_stood_still(close, close, 20)
-    return np.divide(close - lower, upper - lower, out=np.where(np.isnan(middle), np.nan, 0.5), where=apart)
+    upper, _, lower = talib.BBANDS(close, 20, 2, 2)
+    apart = np.subtract(upper, lower, out=upper)
+    apart[_stood_still(close, close, 20)] = 0
+    return _quotient(np.subtract(close, lower, out=lower), apart, where_none=0.5)
 
-# %% ../../nbs/data/12b_indicators.ipynb #dbe00efb
+
+def _quotient(part: np.ndarray, whole: np.ndarray, *, where_none: float) -> np.ndarray:
+    none = np.flatnonzero(whole <= 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = part / whole
+    values[none] = where_none
+    return values
+
+# %% ../../nbs/data/12b_indicators.ipynb #fe86d74e
 def obv_slope(
     bars: Columns,  # reads close, volume
 ) -> np.ndarray:
@@ -166,26 +195,27 @@ def volume_ratio(
     bars: Columns,  # reads volume
 ) -> np.ndarray:
     """(n) volumes over their mean of 20 bars."""
-    volume = bars["volume"]
-    mean = np.where(talib.MAX(volume, 20) == 0, 0, talib.SMA(volume, 20))
-    return np.divide(volume, mean, out=np.where(np.isnan(mean), np.nan, 1.0), where=mean > 0)
+    volume, mean = bars["volume"], talib.SMA(bars["volume"], 20)
+    mean[_window_ends(volume == 0, 20)] = 0
+    return _quotient(volume, mean, where_none=1.0)
 
 
 def taker_buy_ratio(
     bars: Columns,  # reads taker_buy_base_asset_volume, volume
 ) -> np.ndarray:
     """(n) shares of the volume in which the taker bought, 0 to 1."""
-    taker, volume = bars["taker_buy_base_asset_volume"], bars["volume"]
-    return np.clip(np.divide(taker, volume, out=np.full_like(volume, 0.5), where=volume != 0), 0, 1)
+    share = _quotient(bars["taker_buy_base_asset_volume"], bars["volume"], where_none=0.5)
+    return np.clip(share, 0, 1, out=share)
 
-# %% ../../nbs/data/12b_indicators.ipynb #b00cc290
+# %% ../../nbs/data/12b_indicators.ipynb #7fbc4182
 def hour_wave(
     bars: Columns,  # reads ts
     *,
     wave: Callable[[np.ndarray], np.ndarray],  # np.sin or np.cos
 ) -> np.ndarray:
-    """(n) sines or cosines of the hour of the close, UTC; a day is one turn."""
-    return wave(2 * np.pi * (_seconds(bars) % 86_400) / 86_400)
+    """(n) sines or cosines of the time of day of the close, UTC, to the second; a day is one turn."""
+    seconds = _seconds(bars)
+    return wave(2 * np.pi * np.arange(86_400) / 86_400)[seconds - seconds // 86_400 * 86_400]
 
 
 def weekday_wave(
@@ -194,8 +224,9 @@ def weekday_wave(
     wave: Callable[[np.ndarray], np.ndarray],  # np.sin or np.cos
 ) -> np.ndarray:
     """(n) sines or cosines of the weekday of the close, UTC; Monday is 0, a week is one turn."""
-    return wave(2 * np.pi * ((_seconds(bars) // 86_400 + 3) % 7) / 7)  # 1 January 1970 was a Thursday
+    days = _seconds(bars) // 86_400 + 3  # 1 January 1970 was a Thursday
+    return wave(2 * np.pi * np.arange(7) / 7)[days - days // 7 * 7]
 
 
 def _seconds(bars: Columns) -> np.ndarray:
-    return bars["ts"].astype("datetime64[s]").astype("int64")
+    return bars["ts"].astype("datetime64[us]").view("int64") // 1_000_000
