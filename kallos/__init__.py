@@ -35,6 +35,8 @@ __getattr__, __dir__, __all__ = lazy(
             "tell_next",
         ),
         "data_commands": (
+            "LeakFound",
+            "audit",
             "data",
             "data_app",
             "features",

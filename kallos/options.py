@@ -79,6 +79,10 @@ _TABLES = {
     "train_share": _option(float, "Share of the rows to train on.", "0.7"),
     "val_share": _option(float, "Share of the rows to validate on; the rest is test.", "0.15"),
     "tables_path": _option(Path, "Folder of the tables.", "data/splits/{asset}_{timeframe}", name="--output-path"),
+    "features": _option(str, "Features to try, with commas between.", "all that are registered"),
+    "probes": _option(str, "Probes to run, with commas between.", "all"),
+    "tables_folder": _option(Path, "Try the tables that `data` left here.", "tables made in memory", name="--tables"),
+    "report": _option(Path, "JSON file for the findings."),
 }
 
 # %% ../nbs/59_options.ipynb #d4fde257

@@ -19,14 +19,14 @@ import yaml
 
 import kallos
 from kallos import main as command_line
-from kallos import options
+from kallos import options, run_commands
 from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
 from kallos.data.sample import sample_bars
-from kallos.data.store import connect, list_assets, write_bars
+from kallos.data.store import connect, list_assets
 from kallos.evaluation import trials
 from kallos.workflow import reports
 
-COMMANDS = ("sample", "ingest", "features", "tune", "train", "dashboard")
+COMMANDS = ("sample", "ingest", "fetch", "features", "data", "tune", "train", "dashboard")
 HEAVY = {"torch", "darts", "numpy", "pandas", "pandera", "optuna", "sqlalchemy", "papermill", "plotly"}
 SECRET = "pa55word"
 GIVEN = {"asset_id": "BTC", "end_date": "2023-01-01"}
@@ -98,7 +98,7 @@ def test_the_options_show_the_defaults_of_the_settings():
                 assert shown_default(name) == str(field.default), name
 
 
-@pytest.mark.parametrize(("function", "names"), [(sample_bars, "start end seed signal"), (write_bars, "venue market")])
+@pytest.mark.parametrize(("function", "names"), [(sample_bars, "start end seed signal")])
 def test_the_options_show_the_defaults_of_the_functions(function, names):
     for name in names.split():
         assert shown_default(name) == str(inspect.signature(function).parameters[name].default), name
@@ -131,8 +131,11 @@ def market(tmp_path_factory) -> Path:
         assert kallos_run("sample", "--asset-id", asset, "--timeframe", "1d", cwd=folder).returncode == 0
     assert kallos_run("features", *BTC, cwd=folder).returncode == 0
     (folder / "wrong.yaml").write_text("tune:\n  n_trails: 5\n")
+    sample_bars(start="2024-01-01", end="2024-03-01").to_csv(folder / "days.csv", index=False)
     (folder / "wrong.json").write_text("[1, 2")
-    (folder / "wrong.csv").write_text(PLAIN.replace("2,3,1,1,6", "2,3,1,4,6"))
+    (folder / "wrong.csv").write_text(PLAIN.replace("2,3,1,1,6", "2,3,1,4,6").replace("1,2,1,2,5", "1,0,1,2,5"))
+    rows = "2023-01-01,BTC/USDT,1,2,1,2,5\n2023-01-01,ETH/USDT,1,2,1,2,5\n"
+    (folder / "two.csv").write_text("open_time,symbol,open,high,low,close,volume\n" + rows)
     return folder
 
 
@@ -140,7 +143,12 @@ SMALL = ("--no-report", "--feature-groups")
 WRONG = {
     "no such command": (("tuen",), "No such command 'tuen'"),
     "no such option": (("tune", "--n-trails", "3"), "No such option: --n-trails"),
-    "a value is missing": (("ingest", "--timeframe", "1d"), "Missing option '--asset-id'"),
+    "a value is missing": (("features", "--timeframe", "1d"), "Missing option '--asset-id'"),
+    "no name": (("ingest", "good.csv", "--timeframe", "1d"), "the instrument has no name"),
+    "two symbols": (("ingest", "two.csv", *BTC), "two.csv holds several instruments; got 'BTCUSDT, ETHUSDT'"),
+    "no mapping": (("ingest", "good.csv", *BTC, "--map", "volume"), "--map takes column=name"),
+    "unknown column": (("ingest", "good.csv", *BTC, "--map", "volume=amount"), "no column for --map volume=amount"),
+    "wrong distance": (("ingest", "days.csv", "--asset-id", "X", "--timeframe", "1h"), "most bars are 1 days"),
     "no number": (("tune", *RUN, "--n-trials", "many"), "Invalid value for '--n-trials'"),
     "nothing required": (("tune",), "asset_id is required; end_date is required"),
     "unknown asset": (("tune", "--asset-id", "DOGE", "--end-date", "2023-01-01"), "BTC 1d"),
@@ -179,8 +187,17 @@ WRONG = {
     "no URL": (("features", *BTC, "--db-url", f"postgresql//me:{SECRET}@host"), "no URL of a database"),
     "no files": (("ingest", *BTC), "no files of bars"),
     "missing file": (("ingest", "none.csv", *BTC), "none.csv"),
-    "unknown kind of file": (("ingest", "wrong.json", *BTC), "unknown kind of file"),
-    "wrong bars": (("ingest", "wrong.csv", *BTC), "high is the highest price"),
+    "no table": (("ingest", "wrong.json", *BTC), "wrong.json"),
+    "unknown kind of file": (("ingest", "wrong.yaml", *BTC), "unknown kind of file"),
+    "unknown exchange": (
+        ("fetch", "--exchange", "bunance", "--symbol", "BTC/USDT", "--since", "2024-01-01"),
+        "bunance",
+    ),
+    "two assets": (("features", "--asset-id", "BTC,ETH", "--timeframe", "1d"), "several instruments are named"),
+    "no own features": (("features", *BTC, "--own-features", "none.py"), "there is no such file of features"),
+    "no horizon to label": (("data", *BTC, "--horizons", "0"), "horizons: must be whole numbers from 1 to 500"),
+    "no share": (("data", *BTC, "--train-share", "2"), "train_share: "),
+    "wrong bars": (("ingest", "wrong.csv", *BTC), "no bar of wrong.csv can be used"),
     "another venue": (("ingest", "good.csv", *BTC, "--venue", "kraken"), "is another instrument in the database"),
     "no bars": (("features", "--asset-id", "DOGE", "--timeframe", "1d"), "no bars of 'DOGE' in '1d'"),
     "impossible signal": (("sample", *BTC, "--signal", "1"), "signal must lie between -1 and 1"),
@@ -243,7 +260,7 @@ def test_one_wrong_file_among_many_changes_nothing(tmp_path):
     (tmp_path / "b.csv").write_text("nonsense\n")
     run = kallos_run("ingest", "a.csv", "b.csv", *BTC, cwd=tmp_path)
     assert run.returncode == 2 and "b.csv" in run.stderr
-    assert not (tmp_path / "data").exists()
+    assert list_assets(connect(f"sqlite:///{tmp_path}/data/kallos.db")).empty
 
 
 # What tune and train are given, and what they tell
@@ -317,7 +334,7 @@ def test_the_next_command_names_the_database_but_no_password(in_process, market,
     code, said = in_process("tune", *RUN, "--db-url", url)
     assert code == 0 and f"--db-url {url}\n" in said, said
     assert in_process.runs[0][3] == url
-    monkeypatch.setattr(command_line, "_check_run", lambda settings, db_url: None)
+    monkeypatch.setattr(run_commands, "_check_run", lambda settings, db_url: None)
     code, said = in_process("tune", *RUN, "--db-url", f"postgresql://me:{SECRET}@host/name")
     assert code == 0 and '--db-url "$URL"\n' in said and SECRET not in said, said
 

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import csv, feather
 
 from kallos.core.errors import DataError
 from kallos.core.schemas import BAR_COLUMNS, PRICE_COLUMNS
@@ -260,7 +261,7 @@ def test_the_user_s_own_choice(tmp_path, bars):
     assert_same(read_bars_file(tmp_path / "bars.csv", timeframe="1h", mapping=mapping), bars.iloc[:, :6])
     with pytest.raises(DataError, match=r"has no column for --map volume=Volumen; got \['Zeit', 'Erster'"):
         read_raw(tmp_path / "bars.csv", mapping={**mapping, "volume": "Volumen"})
-    with pytest.raises(DataError, match="lacks the columns ts, open.*--map ts=NAME"):
+    with pytest.raises(DataError, match=r"lacks the columns ts, open.*--map ts=NAME"):
         read_raw(tmp_path / "bars.csv")
     with pytest.raises(DataError, match="--map knows no such column; got 'price'"):
         read_raw(tmp_path / "bars.csv", mapping={"price": "Letzter"})
@@ -349,40 +350,61 @@ def test_symbols_of_columns_and_names(tmp_path, bars):
 
 
 def spoiled(bars: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, str]]:
-    """Faults of a table: the table and what the error must say."""
+    """Faults of a whole table: the table and what the error must say."""
     kline = as_kline(bars)
-    text = kline.astype({"close": object})
-    text.loc[3, "close"] = "n.a."
     return {
-        "text": (text, "column 'close': Row #5: .*'n.a.'"),
-        "hole": (kline.assign(low=kline["low"].where(kline.index != 3)), "low: empty"),
-        "order": (kline[::-1], "do not come after the one before them, first at row 1"),
-        "twice": (kline.iloc[[0, 1, 1, 2, 3]], "1 bars do not come after the one before them, first at row 2"),
-        "grid": (kline.assign(open_time=kline["open_time"] + 60_000), "do not open on the UTC grid of 1h"),
-        "high": (kline.assign(high=kline["low"]), "high is the highest price"),
-        "volume": (kline.assign(volume=-1.0), "volume"),
         "no volume": (kline.drop(columns="volume"), "lacks the columns volume; got .*'open_time'"),
-        "two times": (kline.assign(date=kline["open_time"]), "several columns that mean ts"),
+        "two closes": (
+            kline.assign(close_price=kline["close"]),
+            r"several columns that mean close; got .*--map close=close",
+        ),
         "nothing": (kline[:0], "holds no bars"),
-        "spreadsheet": (kline.assign(open_time="00:00.0"), "times cannot be read, first at row 0; got '00:00.0'"),
+        "spreadsheet": (
+            kline.assign(open_time="00:00.0"),
+            "no reading of this file is right.* none of its 24 .*'00:00.0'",
+        ),
+        "day count": (
+            kline.assign(open_time=45658 + kline.index / 24),
+            "no reading of this file is right.*got '45658.0'",
+        ),
+        "day first": (kline.assign(open_time="31/12/2024 03:00"), "no reading of this file is right"),
+        "decimal comma": (kline.assign(low="93000,5"), "'low' holds no number in any of its 24 rows, .*'93000,5'"),
     }
 
 
 @pytest.mark.parametrize("fault", spoiled(sample_bars(timeframe="1h", start="2025-01-01", end="2025-01-01")))
 def test_faults_of_a_table(tmp_path, bars, fault):
-    table, said = spoiled(bars)[fault]
+    table, said = spoiled(bars[:24])[fault]
     table.to_csv(tmp_path / "bad.csv", index=False)
     with pytest.raises(DataError, match=f"bad.csv.*{said}"):
         read_bars_file(tmp_path / "bad.csv", timeframe="1h")
 
 
-@pytest.mark.parametrize("timeframe", ["30m", "4h", "1d", "1w"])
-def test_another_timeframe_is_refused(tmp_path, bars, timeframe):
-    as_kline(bars).to_csv(tmp_path / "bars.csv", index=False)
-    with pytest.raises(DataError, match=f"most bars are 0 days 01:00:00 apart, not {timeframe}"):
-        read_bars_file(tmp_path / "bars.csv", timeframe=timeframe)
+def test_faults_of_rows_are_left_to_the_repair(tmp_path, bars):
+    for table in (as_kline(bars)[::-1], as_kline(bars).iloc[[0, 1, 1, *range(2, len(bars))]]):
+        assert_same(read_bars_file(write(table, tmp_path / "bars.csv"), timeframe="1h"), bars)
+    with pytest.raises(DataError, match=r"bars.csv.*1d"):
+        read_bars_file(tmp_path / "bars.csv", timeframe="1d")
     with pytest.raises(DataError, match="unknown timeframe; got '1 hour'"):
         read_bars_file(tmp_path / "bars.csv", timeframe="1 hour")
+
+
+HEADER, ROW = b"ts,open,high,low,close,volume\n", b"1735689600,1,1,1,1,1\n"
+
+
+def zipped(*, flag: int = 0, size: int | None = None) -> bytes:
+    """A ZIP of one CSV, made to say that it is encrypted or of another size."""
+    with tempfile.TemporaryFile() as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("bars.csv", HEADER + ROW * 999)
+        file.seek(0)
+        content = bytearray(file.read())
+    central = content.index(b"PK\1\2")
+    content[6] |= flag
+    content[central + 8] |= flag
+    if size is not None:
+        content[central + 24 : central + 28] = size.to_bytes(4, "little")
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -393,27 +415,229 @@ def test_another_timeframe_is_refused(tmp_path, bars, timeframe):
         "page.csv": b"<!DOCTYPE html>\n<html><body>404, sorry</body></html>",
         "binary.csv": bytes(range(256)) * 99,
         "zeros.csv": b"\0" * 999,
-        "text.csv.gz": b"ts,open,high,low,close,volume\n",
-        "cut.csv.gz": gzip.compress(b"ts,open,high,low,close,volume\n" + b"1735689600,1,1,1,1,1\n" * 9999)[:-40],
+        "one_line.csv": HEADER + b"1" * 9_999_999,
+        "short_row.csv": HEADER + ROW * 9 + ROW[:14],
+        "text.csv.gz": HEADER,
+        "empty.csv.gz": b"",
+        "cut.csv.gz": gzip.compress(HEADER + ROW * 9999)[:-40],
+        "bomb.csv.gz": gzip.compress(HEADER + ROW * 1_100_000),
         "empty.parquet": b"",
-        "text.parquet": b"ts,open,high,low,close,volume\n",
+        "text.parquet": HEADER,
+        "empty.feather": b"",
+        "text.feather": b"ARROW1" + HEADER,
+        "empty.json": b"",
+        "cut.json.gz": gzip.compress(b"[[1735689600000,1,1,1,1,1],[173"),
+        "empty.zip": b"",
+        "text.zip": HEADER,
+        "cut.zip": zipped()[:-99],
+        "secret.zip": zipped(flag=1),
+        "bomb.zip": zipped(size=2**31),
+        "longer.zip": zipped(size=99),
         "bars.xlsx": b"PK",
         "missing.csv": None,
+        "missing.zip": None,
+        "missing.feather": None,
     }.items(),
 )
 def test_what_is_no_file_of_bars(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_bars_file(tmp_path / name, timeframe="1h")
-    assert name in str(caught.value) and len(str(caught.value)) < 500
+        read_raw(tmp_path / name)
+    assert name in str(caught.value) and len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=name), stream_raw([tmp_path / name], timeframe="1h"):
+        pytest.fail("the stream was opened")
 
 
-def test_raw_files_are_found_by_name(tmp_path):
-    for name in ("b.csv", "a.CSV.GZ", "c.parquet", "README.md", "d.csv.part"):
+def test_archives_without_bars(tmp_path):
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+        archive.writestr("__MACOSX/._bars.csv", b"\0")
+    with pytest.raises(DataError, match=r"other.zip holds no .csv or .json file"):
+        read_raw(tmp_path / "other.zip")
+
+
+# Folders and patterns
+
+
+def test_files_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["b.csv", "a.CSV.GZ", "c.parquet", "sub/d.feather", "sub/deep/e.zip", "f.json"]
+    for name in [*names, "README.md", "d.csv.part", ".hidden/g.csv", ".h.csv"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.csv").mkdir()
-    assert [path.name for path in find_raw_files(tmp_path)] == ["a.CSV.GZ", "b.csv", "c.parquet"]
+    found = ["a.CSV.GZ", "b.csv", "c.parquet", "f.json", "sub/d.feather", "sub/deep/e.zip"]
+    assert [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path])] == found
+    assert [str(path) for path in find_files(["sub", "*.csv", "b.csv", "**/*.zip"])] == [*found[-2:], "b.csv"]
+    for nothing in ("*.feather", "folder.csv"):
+        with pytest.raises(DataError, match=rf"no files of bars; got '{re.escape(nothing)}'"):
+            find_files([nothing])
+
+
+# Streams
+
+
+def streamed(paths: list[Path], **settings) -> list[pd.DataFrame]:
+    with stream_raw(paths, timeframe="1h", **settings) as stream:
+        chunks = [*stream]
+        assert sum(map(len, chunks)) == stream.rows
+    return chunks
+
+
+def assert_in_time(chunks: list[pd.DataFrame]) -> None:
+    for early, late in pairwise(chunks):
+        assert early["ts"].max() < late["ts"].min()
+    for chunk in chunks:
+        for _, rows in chunk.groupby("source", observed=True):
+            assert rows["row"].is_monotonic_increasing
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), chunk_rows=st.sampled_from([1, 7, 50, 400, 10_000]), files=st.integers(1, 3))
+def test_chunks_hold_every_row_in_order_of_time(tmp_path_factory, seed, chunk_rows, files):
+    rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("files")
+    made = sample_bars(timeframe="1h", start="2025-01-01", end="2025-01-20")
+    rows = made.iloc[rng.permutation(np.repeat(np.arange(len(made)), rng.integers(1, 3, len(made))))]
+    whole = []
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), files)):
+        table = as_kline(rows.iloc[part], rng.choice(["ms", "us", "ISO"]))
+        table = table if number else table.drop(columns=BAR_COLUMNS[-2:])
+        whole.append(read_raw(write(table, folder / f"{number}{rng.choice(['.csv', '.feather', '.zip'])}"))[0])
+    chunks = streamed([folder], chunk_rows=chunk_rows)
+    assert_in_time(chunks)
+    assert max(map(len, chunks)) <= 2 * chunk_rows or len(chunks) == 1
+    keys = ["ts", "source", "row"]
+    wanted, read = (
+        pd.concat(frames).astype({"source": str}).sort_values(keys, ignore_index=True) for frames in (whole, chunks)
+    )
+    pd.testing.assert_frame_equal(read[wanted.columns], wanted, check_exact=True)
+
+
+def test_rows_without_a_time_come_with_the_first_chunks(tmp_path, bars):
+    table = as_kline(bars, "ISO").astype({"open_time": object})
+    table.loc[table.index % 8 == 3, "open_time"] = "soon"
+    chunks = streamed([write(table, tmp_path / "bars.csv")], chunk_rows=20)
+    assert_in_time(chunks)
+    assert chunks[0]["ts"].isna().sum() == 12 and sum(chunk["ts"].isna().sum() for chunk in chunks) == 12
+
+
+def test_a_stream_of_another_timeframe_is_cut_as_small(tmp_path):
+    made = sample_bars(timeframe="1m", start="2025-01-01", end="2025-01-03")
+    write(as_kline(made), tmp_path / "bars.csv")
+    with stream_raw([tmp_path / "bars.csv"], timeframe="1w", chunk_rows=500) as stream:
+        chunks = [*stream]
+    assert_in_time(chunks)
+    assert len(chunks) > 4 and max(map(len, chunks)) <= 1000
+
+
+def test_rows_of_one_moment_are_no_bars(tmp_path, bars):
+    write(as_kline(bars).assign(open_time=1735689600), tmp_path / "bars.csv")
+    with pytest.raises(DataError, match=r"96 rows have one and the same time; got '2025-01-01 00:00:00\+00:00'"):
+        streamed([tmp_path / "bars.csv"], chunk_rows=40)
+
+
+def test_the_stream_leaves_nothing_behind(tmp_path, bars, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    (tmp_path / "temp").mkdir()
+    write(as_kline(bars), tmp_path / "bars.csv")
+    with stream_raw([tmp_path / "bars.csv"], timeframe="1h", chunk_rows=10) as stream:
+        next(iter(stream))
+        assert [*(tmp_path / "temp").rglob("*")]
+    assert not [*(tmp_path / "temp").iterdir()]
+    with pytest.raises(KeyboardInterrupt), stream_raw([tmp_path / "bars.csv"], timeframe="1h", chunk_rows=10):
+        raise KeyboardInterrupt
+    write(as_kline(bars).astype({"open_time": str}).assign(open_time="00:00.0"), tmp_path / "excel.csv")
+    with pytest.raises(DataError, match="no reading of this file"):
+        streamed([tmp_path / "bars.csv", tmp_path / "excel.csv"], chunk_rows=10)
+    assert not [*(tmp_path / "temp").iterdir()]
+    streamed([tmp_path / "bars.csv"])  # small: the disk is not touched
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert len(streamed([tmp_path / "bars.csv"])) == 1
+
+
+def test_progress_counts_the_bytes_of_the_files(tmp_path, bars):
+    paths = [
+        write(as_kline(bars), tmp_path / name) for name in ("a.csv", "b.csv.gz", "c.zip", "d.parquet", "e.feather")
+    ]
+    told = []
+    with stream_raw(paths, timeframe="1h", progress=lambda done, total: told.append((done, total))):
+        size = sum(path.stat().st_size for path in paths)
+        assert {total for _, total in told} == {size}
+        done = [done for done, _ in told]
+        assert done == sorted(done) and 0.9 * size < done[-1] <= size
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, bars):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+        write(as_kline(bars), tmp_path / year / "BTCUSDT.csv")
+    (chunk,) = streamed([tmp_path])
+    assert chunk["source"].cat.categories.tolist() == [
+        str(tmp_path / year / "BTCUSDT.csv") for year in ("2023", "2024")
+    ]
+
+
+def shuffled_csv(path: Path, rows: int) -> Path:
+    """A CSV of that many minutes, no two of them in order."""
+    rng = np.random.default_rng(0)
+    close = 30_000 * np.exp(np.cumsum(rng.normal(0, 1e-4, rows)))
+    order = rng.permutation(rows)
+    columns = {
+        "unix": 1262304000000 + 60_000 * np.arange(rows),
+        "open": close.round(2),
+        "high": (close * 1.001).round(2),
+    }
+    columns |= {"low": (close * 0.999).round(2), "close": close.round(2), "volume": rng.gamma(2, 5, rows).round(6)}
+    csv.write_csv(pa.table({name: values[order] for name, values in columns.items()}), path)
+    return path
+
+
+def peak_of(path: Path) -> int:
+    """The most bytes that Arrow holds while the file goes through in small chunks."""
+    pool = pa.default_memory_pool()
+    begin, held = pool.bytes_allocated(), []
+    told = {"chunk_rows": 5_000, "progress": lambda *_: held.append(pool.bytes_allocated())}
+    with stream_raw([path], timeframe="1m", **told) as stream:
+        for chunk in stream:
+            held.append(pool.bytes_allocated())
+            assert len(chunk) <= 10_000
+    return max(held) - begin
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    peaks = []
+    for rows in (200_000, 800_000):
+        table = csv.read_csv(shuffled_csv(tmp_path / "bars.csv", rows))
+        feather.write_feather(table, tmp_path / "bars.feather", chunksize=20_000)
+        peaks.append(peak_of(tmp_path / "bars.feather"))
+    assert peaks[1] < 1.2 * peaks[0] < table.nbytes / 3, peaks
+
+
+MEASURE = r"""
+import re, sys
+from pathlib import Path
+from kallos.data.files import stream_raw
+from kallos.data.repair import Repair
+bars = rows = 0
+with stream_raw([sys.argv[1]], timeframe="1m") as stream:
+    repair = Repair(timeframe="1m", what="bars.csv")
+    for chunk in stream:
+        rows += len(chunk)
+        bars += len(repair.add(chunk, last=rows == stream.rows).bars)
+# getrusage would count the memory of the process that started this one
+peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+print(rows, bars, int(peak) // 1024)
+"""
+
+
+@pytest.mark.soak
+def test_ten_million_rows_in_any_order_stay_below_one_gibibyte(tmp_path):
+    path = shuffled_csv(tmp_path / "bars.csv", 10_000_000)
+    child = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    rows, bars, peak = map(int, child.stdout.split())
+    assert rows == bars == 10_000_000 and peak < 1024, child.stdout
 
 
 # From file to features
@@ -439,6 +663,7 @@ def test_a_file_becomes_features_in_the_database(tmp_path, db_url):
 
 REAL = {
     "BTCUSDT_spot_1d.csv.gz": (2742, 0, "2018-01-01", "2025-07-04"),
+    "BTCUSDT_spot_1h.csv.gz": (28630, None, "2017-08-17 04:00", "2020-11-28 08:00"),
     "BTCUSDT_spot_4h.csv.gz": (15440, 16, "2018-01-01", "2025-01-19 20:00"),
     "BTCUSDT_perp_15m.parquet": (75840, 0, "2024-01-01", "2026-02-28 23:45"),
     "ETHUSDT_spot_1d.csv.gz": (1309, 0, "2018-01-01", "2021-08-01"),
@@ -468,9 +693,48 @@ def test_real_files_are_what_their_readme_says(real_data, name):
     assert segment_ids(read["ts"], timeframe=timeframe_of(name)).max() == len(gaps)
 
 
-def test_real_bars_off_the_grid_are_refused_with_their_place(real_data):
-    with pytest.raises(DataError, match=r"43 of 28673 bars do not open on the UTC grid of 1h, first at row 4189"):
-        read_real(real_data, "BTCUSDT_spot_1h.csv.gz")
+RAW = {
+    "bars/BTCUSDT_spot_1h.csv.gz": (28673, "BTCUSDT", "Binance klines, CSV with header", "ISO 8601"),
+    "bars/BTCUSDT_perp_15m.parquet": (75840, "BTCUSDT:USDT", "plain Parquet", "times of the file's own type"),
+    "messy/cdd_BTCUSDT_1h.csv.gz": (
+        *(36062, "BTCUSDT", "CryptoDataDownload CSV"),
+        "unix: milliseconds and seconds since 1970, mixed; date: ISO 8601 and a clock of twelve hours, mixed",
+    ),
+    "messy/coinbase_BTCUSD_1h.csv.gz": (20111, "BTCUSD", "CryptoDataDownload CSV", "a clock of twelve hours"),
+    "messy/partials_BTCUSDT_1h.csv.gz": (28909, "BTCUSDT", "Binance klines, CSV with header", "ISO 8601"),
+    "messy/tiny_SHIBUSDT_3m.csv.gz": (1000, "SHIBUSDT", "plain CSV", "ISO 8601"),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_real_files_are_recognised(real_data, name):
+    raw, (seen,) = read_raw(real_data / name)
+    assert (len(raw), symbols_of(raw), seen.kind, seen.stamps) == (RAW[name][0], {RAW[name][1]}, *RAW[name][2:])
+    assert raw["ts"].notna().all()
+    if "quote_asset_volume" in raw:
+        traded = raw[raw["volume"] > 0]
+        price = traded["quote_asset_volume"] / traded["volume"]
+        assert price.between(0.98 * traded["low"], 1.02 * traded["high"]).mean() > 0.99
+
+
+def test_real_times_that_disagree_are_both_kept(real_data):
+    raw, _ = read_raw(real_data / "messy" / "cdd_BTCUSDT_1h.csv.gz")
+    apart = raw["ts"] - raw["ts_other"]
+    assert apart.value_counts().to_dict() == {pd.Timedelta(0): 36062 - 91, pd.Timedelta("4h"): 91}
+    assert raw["ts"].duplicated().sum() == 2649 and raw["number_of_trades"].isna().sum() == 28584
+
+
+def test_a_real_spreadsheet_is_refused_at_once(real_data):
+    said = r"excel_BTCUSDT_4h.csv.gz: no reading of this file is right, none of its 17744 stamps.*got '00:00.0'"
+    with pytest.raises(DataError, match=said), stream_raw([real_data / "messy"], timeframe="1h"):
+        pytest.fail("the stream was opened")
+
+
+def test_real_prices_come_through_to_the_bit(real_data):
+    path = real_data / "messy" / "tiny_SHIBUSDT_3m.csv.gz"
+    written = [line.split(",") for line in gzip.decompress(path.read_bytes()).decode().split()[1:]]
+    wanted = np.array([[float(cell) for cell in line[-5:]] for line in (row for row in written if len(row) > 1)])
+    assert (read_bars_file(path, timeframe="3m")[BAR_COLUMNS[:5]].to_numpy() == wanted).all()
 
 
 def test_real_four_hours_make_the_real_day(real_data):

@@ -1,4 +1,4 @@
-"""Processes really killed in the middle of an ingest: the tables are as they were or as they should be, never between."""
+"""Processes really killed in the middle of an ingest: the tables are as before or as after, never between."""
 
 import os
 import random
@@ -24,7 +24,7 @@ STORED, ROWS = 2_000, 40_000
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[Path, Path]:
-    """What is stored first, and what comes next: it changes every stored bar, adds many and needs every kind of repair."""
+    """What is stored first, and what comes next: it changes every stored bar, adds many and must be repaired."""
     folder = tmp_path_factory.mktemp("raw")
     bars = sample_bars(timeframe="5m", start="2024-01-01", end="2024-12-31", seed=3).iloc[:ROWS]
     bars.iloc[:STORED].to_csv(folder / "old.csv", index=False)

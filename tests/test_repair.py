@@ -98,6 +98,12 @@ def hang(raw: pd.DataFrame, at: int) -> pd.DataFrame:
     return raw
 
 
+def echo(raw: pd.DataFrame, at: int) -> pd.DataFrame:
+    raw = raw.copy()
+    raw.loc[at + 5 : at + 9, BAR_COLUMNS] = raw.loc[at : at + 4, BAR_COLUMNS].to_numpy()
+    return raw
+
+
 def of(name: str, factor: float) -> Callable:
     return lambda row: row[name] * factor
 
@@ -122,6 +128,7 @@ FAULTS = {  # the rule: how it is broken, how often it then counts, rows in quar
     "taker_above_volume": (cells(taker_buy_base_asset_volume=of("volume", 1.5)), 1, 1, 0),
     "spike": (cells(high=of("high", 4.0)), 1, 1, 0),
     "frozen": (hang, 6, 6, 0),
+    "echo": (echo, 1, 0, 0),
     "high_low_rounding": (cells(**NARROW), 1, 0, 1),
     "infinite_amount": (cells(number_of_trades=np.inf), 1, 0, 1),
     "flat_filler": (cells(**FLAT), 1, 0, 1),
@@ -347,7 +354,7 @@ def test_cryptodatadownload(real_data: Path) -> None:
 
 def test_coinbase(real_data: Path) -> None:
     raw, result, report = of_real_file(real_data, "coinbase_BTCUSD_1h")
-    assert report.counts == {"newest_first": 20111, "unordered": 1, "flat_filler": 28}
+    assert report.counts == {"newest_first": 20111, "unordered": 1, "echo": 1, "flat_filler": 28}
     assert len(result.bars) == len(raw) == 20111
     assert_readable(raw, result)
 

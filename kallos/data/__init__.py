@@ -44,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy(
             "read_stamps",
         ),
         "watches": (
+            "Echoes",
             "Order",
             "Steps",
             "VolumeScale",
@@ -157,6 +158,7 @@ __getattr__, __dir__, __all__ = lazy(
         "store": (
             "BarBatch",
             "bar_batch",
+            "bar_changes",
             "last_bar",
             "read_bars",
             "read_features",
@@ -216,6 +218,7 @@ __getattr__, __dir__, __all__ = lazy(
             "is_signed",
             "register",
             "registered",
+            "unregister",
         ),
         "barriers": (
             "Barriers",

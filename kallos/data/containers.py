@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
-from pyarrow import feather, ipc, parquet
+from pyarrow import ipc, parquet
 
 from ..core.errors import DataError
 from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
@@ -65,7 +65,8 @@ def _header(lines: list[list[str]], known: set[str]) -> tuple[list[str], int, bo
             return ([name.strip() for name in above], place, True) if foreign else (_HEADLESS[len(cells)], place, False)
     return [cell.strip() for cell in lines[0]] if lines else [], 1, True
 
-# %% ../../nbs/data/11c_containers.ipynb #228059eb
+# %% ../../nbs/data/11c_containers.ipynb #07d0e050
+_BLOCK = 1 << 21
 _NULLS = ["", "NULL", "null", "NaN", "nan", "None", "N/A", "NA"]
 
 
@@ -77,39 +78,59 @@ class _Layout:
     skip: int
     delimiter: str
 
-    def rows(self, stream: pa.NativeFile, columns: list[str], text: set[str]) -> arrow_csv.CSVStreamingReader:
-        """A reader of batches, its columns by name."""
+    def rows(self, block: bytes, columns: list[str], text: set[str]) -> pa.Table:
+        """The rows of whole lines, those columns, `text` and all others as float64."""
         places = [str(self.names.index(name)) for name in columns]
         kinds = {p: pa.string() if name in text else pa.float64() for p, name in zip(places, columns, strict=True)}
         numbered = [str(place) for place in range(len(self.names))]
-        read = arrow_csv.ReadOptions(column_names=numbered, skip_rows=self.skip, use_threads=False, block_size=1 << 22)
+        read = arrow_csv.ReadOptions(column_names=numbered, use_threads=False, block_size=len(block) + 1)
         convert = arrow_csv.ConvertOptions(
             column_types=kinds, include_columns=places, null_values=_NULLS, strings_can_be_null=True
         )
         cut = arrow_csv.ParseOptions(delimiter=self.delimiter)
-        return arrow_csv.open_csv(stream, read_options=read, convert_options=convert, parse_options=cut)
+        table = arrow_csv.read_csv(pa.BufferReader(block), read, cut, convert)
+        return table.rename_columns(columns)
 
-# %% ../../nbs/data/11c_containers.ipynb #b4565f75
+# %% ../../nbs/data/11c_containers.ipynb #158369ac
+def _blocks(stream: pa.NativeFile | JsonRows, skip: int) -> Iterator[tuple[bytes, int]]:
+    """Whole lines after the first `skip`, a few megabytes at a time, each with the number of lines before it."""
+    rest, lines = stream.read(_BLOCK).removeprefix(b"\xef\xbb\xbf"), 0
+    for _ in range(skip):
+        rest, lines = rest.partition(b"\n")[2], lines + 1
+    while chunk := stream.read(_BLOCK):
+        rest += chunk
+        whole = rest.rfind(b"\n") + 1
+        if not whole:
+            raise pa.ArrowInvalid(f"line {lines + 1} has no end")
+        yield rest[:whole], lines
+        lines += rest.count(b"\n", 0, whole)
+        rest = rest[whole:]
+    yield rest, lines
+
+# %% ../../nbs/data/11c_containers.ipynb #7395610b
 def _csv_batches(source: Callable, layout: _Layout, columns: list[str], text: set[str]) -> Iterator[tuple]:
-    """Batches of rows, numbers as float64 until a cell is none, then as text."""
-    done = 0
-    for as_text in (text, {*columns}):
-        try:
-            with source() as (stream, position):
-                left = done
-                for batch in layout.rows(stream, columns, as_text):
-                    skipped, left = min(left, batch.num_rows), max(0, left - batch.num_rows)
-                    if skipped < batch.num_rows:
-                        yield batch.slice(skipped).rename_columns(columns), position()
-                        done += batch.num_rows - skipped
-            return
-        except pa.ArrowInvalid as error:
-            if re.search("^Empty CSV file|^Could not skip initial", str(error)):
-                return
-            if "conversion error" not in str(error) or as_text is not text:
-                raise
+    """Batches of rows, the numbers of a block as text if one of them is none."""
+    with source() as (stream, position):
+        for block, lines in _blocks(stream, layout.skip):
+            if not block.strip():
+                continue
+            try:
+                table = _rows_of(layout, block, columns, text)
+            except pa.ArrowInvalid as error:
+                said = re.sub(r"Row #(\d+)", lambda found: f"Row #{int(found[1]) + lines}", str(error))
+                raise pa.ArrowInvalid(said) from None
+            yield from ((batch, position()) for batch in table.to_batches())
 
-# %% ../../nbs/data/11c_containers.ipynb #a09f0357
+
+def _rows_of(layout: _Layout, block: bytes, columns: list[str], text: set[str]) -> pa.Table:
+    try:
+        return layout.rows(block, columns, text)
+    except pa.ArrowInvalid as error:
+        if "conversion error" not in str(error):
+            raise
+        return layout.rows(block, columns, {*columns})
+
+# %% ../../nbs/data/11c_containers.ipynb #fc05941d
 def _layout(lines: list[str], known: set[str], is_json: bool) -> tuple[_Layout, bool, dict[str, pa.Array]]:
     """How the text is cut, whether it has a header, and its first rows."""
     delimiter = max(",;\t|", key="\n".join(lines[:20]).count)
@@ -122,7 +143,7 @@ def _layout(lines: list[str], known: set[str], is_json: bool) -> tuple[_Layout, 
     head = {name: pa.array([row[place] or None for row in rows], pa.string()) for name, place in first.items()}
     return _Layout(names, skip, delimiter), header, head
 
-# %% ../../nbs/data/11c_containers.ipynb #a92f172a
+# %% ../../nbs/data/11c_containers.ipynb #83fd439a
 def _text_part(path: Path, member: str | None, known: set[str]) -> Part:
     """The table in a CSV or JSON file, packed or not."""
     is_json = ".json" in (member or path.name).lower()
@@ -130,7 +151,7 @@ def _text_part(path: Path, member: str | None, known: set[str]) -> Part:
     @contextmanager
     def source() -> Iterator[tuple]:
         with open_bytes(path, member=member) as (stream, position):
-            yield (pa.PythonFile(JsonRows(stream), "r") if is_json else stream), position
+            yield (JsonRows(stream) if is_json else stream), position
 
     with source() as (stream, _):
         begin = stream.read(1 << 16)
@@ -147,7 +168,7 @@ def _text_part(path: Path, member: str | None, known: set[str]) -> Part:
         preamble="\n".join(lines[: max(layout.skip - 1, 0)]),
     )
 
-# %% ../../nbs/data/11c_containers.ipynb #211b6440
+# %% ../../nbs/data/11c_containers.ipynb #244b4109
 _BATCH = 1 << 16
 
 
@@ -173,7 +194,7 @@ def _typed_part(path: Path, container: str, names: list[str], first: pa.RecordBa
         head = {name: first.column(names.index(name)).take(pa.array(range(min(200, len(first))))) for name in names}
     return Part(path.name, container, names, head, path.stat().st_size, batches)
 
-# %% ../../nbs/data/11c_containers.ipynb #da47c86d
+# %% ../../nbs/data/11c_containers.ipynb #7697bec8
 def _feather_part(path: Path) -> Part:
     def batches(columns: list[str], text: set[str]) -> Iterator[tuple[pa.RecordBatch, int]]:
         with pa.OSFile(str(path)) as file:
@@ -188,7 +209,7 @@ def _feather_part(path: Path) -> Part:
         first = table.get_batch(0) if table.num_record_batches else None
         return _typed_part(path, "Feather", table.schema.names, first, batches)
 
-# %% ../../nbs/data/11c_containers.ipynb #ec6a42bf
+# %% ../../nbs/data/11c_containers.ipynb #69032342
 _TEXTS = (".csv", ".csv.gz", ".json", ".json.gz")
 _READERS = {".parquet": _parquet_part, ".feather": _feather_part}
 ENDINGS = (*_TEXTS, *_READERS, ".zip")
@@ -209,7 +230,7 @@ def open_parts(
             return [_text_part(path, member, known) for member in _members(path)]
         return [_READERS[ending](path) if ending in _READERS else _text_part(path, None, known)]
 
-# %% ../../nbs/data/11c_containers.ipynb #0823a497
+# %% ../../nbs/data/11c_containers.ipynb #9c356fd9
 def _members(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if info.filename.lower().endswith((".csv", ".json"))]

@@ -117,22 +117,27 @@ def _bucket(path: Path) -> Iterator[pa.RecordBatch]:
 
 # %% ../../nbs/data/11i_files.ipynb #ff3fabdd
 def _in_time(
-    batches: Iterable[pa.RecordBatch], *, folder: Path, width: int, schema: pa.Schema, chunk_rows: int
+    batches: Iterable[pa.RecordBatch], *, folder: Path, width: int, chunk_rows: int, schema: pa.Schema
 ) -> Iterator[list[pa.RecordBatch]]:
-    """The rows in chunks of rising time, none above twice `chunk_rows`."""
+    """The rows in chunks of rising time, none above twice `chunk_rows`; those without a time along with the first."""
     buckets = _deal(batches, folder, width, schema)
     loose = _grouped(_bucket(folder / str(_LOOSE)) if buckets.pop(_LOOSE, 0) else iter(()), chunk_rows)
     for place, rows in buckets.items():
-        held = _bucket(folder / str(place))
-        if rows <= 2 * chunk_rows:
-            yield [*next(loose, []), *held]
-        elif width == 1:
-            moment = str(pd.Timestamp(place, unit="us", tz="UTC"))
-            raise DataError(f"{rows} rows have one and the same time", moment, "These are no bars of one instrument.")
-        else:
-            below = {"folder": folder / f"{place}-", "width": max(1, width // 8)}
-            yield from _in_time(held, schema=schema, chunk_rows=chunk_rows, **below)
+        for chunk in _narrow(folder / str(place), rows, width, chunk_rows, schema):
+            yield [*next(loose, []), *chunk]
     yield from loose
+
+
+def _narrow(path: Path, rows: int, width: int, chunk_rows: int, schema: pa.Schema) -> Iterator[list[pa.RecordBatch]]:
+    """The bucket as one chunk, or as several if it is too full for that."""
+    if rows <= 2 * chunk_rows:
+        yield [*_bucket(path)]
+    elif width == 1:
+        moment = str(pd.Timestamp(int(path.name), unit="us", tz="UTC"))
+        raise DataError(f"{rows} rows have one and the same time", moment, "These are no bars of one instrument.")
+    else:
+        below = {"folder": path.with_name(f"{path.name}-"), "width": max(1, width // 8)}
+        yield from _in_time(_bucket(path), **below, chunk_rows=chunk_rows, schema=schema)
 
 # %% ../../nbs/data/11i_files.ipynb #7c17a170
 def _grouped(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[list[pa.RecordBatch]]:
@@ -210,10 +215,10 @@ def _chunks(
     batches = _batches(tables, progress)
     first = next(_grouped(batches, chunk_rows), [])
     more = next(batches, None)
-    if more is None:
+    if more is None and sum(map(len, first)) <= chunk_rows:
         yield first
         return
-    first.append(more)
+    first += [] if more is None else [more]
     with tempfile.TemporaryDirectory(prefix="kallos-") as folder:
         dealt = {"folder": Path(folder, "buckets"), "width": width, "schema": _schema(tables)}
         yield from _in_time(chain(_drained(first), batches), chunk_rows=chunk_rows, **dealt)

@@ -62,7 +62,7 @@ class Findings:
     bars: int = 0  # kept, filled ones among them
     first: pd.Timestamp | None = None  # open time of the first bar kept
     last: pd.Timestamp | None = None  # open time of the last bar kept
-    counts: dict[str, int] = field(default_factory=dict)  # rows (of `gap` and `splice`: places) by rule
+    counts: dict[str, int] = field(default_factory=dict)  # rows (of `gap`, `splice`, `echo`: places) by rule
     examples: dict[str, list[dict]] = field(default_factory=dict)  # by rule: up to 5 of source, row, ts, said
     gaps: pd.DataFrame = field(default_factory=_no_gaps)  # start, end, missing
     missing_values: dict[str, int] = field(default_factory=dict)  # empty cells by column, of the bars kept
@@ -74,13 +74,13 @@ class Findings:
             kept = self.examples.setdefault(rule, [])
             kept += [_example(rule, row, said) for row in rows.head(EXAMPLES - len(kept)).to_dict("records")]
 
-# %% ../../nbs/data/10d_findings.ipynb #ce3afa48
+# %% ../../nbs/data/10d_findings.ipynb #ebcb4e8f
 def _example(rule: str, row: dict, said: Callable[[dict], str] | None) -> dict:
     number = None if row.get("row") is None else int(row["row"])
     text = said(row) if said else _telling(rule, row)
     return {"source": row.get("source"), "row": number, "ts": _iso(row["ts"]), "said": text}
 
-# %% ../../nbs/data/10d_findings.ipynb #537435f5
+# %% ../../nbs/data/10d_findings.ipynb #f64ec9a6
 class RepairReport(Findings):
     """What the repair of one series found, and what remains of it."""
 
@@ -105,7 +105,7 @@ class RepairReport(Findings):
     def _repr_html_(self) -> str:
         return _html(self)
 
-# %% ../../nbs/data/10d_findings.ipynb #4008c81d
+# %% ../../nbs/data/10d_findings.ipynb #71aba4bc
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
@@ -127,7 +127,7 @@ def _where(example: dict) -> str:
     when = "no time" if example["ts"] is None else f"{pd.Timestamp(example['ts']):%Y-%m-%d %H:%M:%S}"
     return f"{row}{when}" + (f": {example['said']}" if example["said"] else "")
 
-# %% ../../nbs/data/10d_findings.ipynb #ca881ba4
+# %% ../../nbs/data/10d_findings.ipynb #c024afbb
 def _rule_lines(report: RepairReport) -> list[str]:
     lines = []
     for rule in _sorted_rules(report):
@@ -141,10 +141,10 @@ def _gap_lines(report: RepairReport) -> list[str]:
     if report.gaps.empty:
         return []
     longest = report.gaps.loc[report.gaps["missing"].idxmax()]
-    missing = f"{len(report.gaps):,} gaps, {report.gaps['missing'].sum():,} bars"
-    return [f"  {missing}; the longest, {longest['missing']:,} bars: {_span(longest['start'], longest['end'])}"]
+    missing = f"gaps: {len(report.gaps):,}, bars missing: {report.gaps['missing'].sum():,}"
+    return [f"  {missing}, most at once: {longest['missing']:,}, {_span(longest['start'], longest['end'])}"]
 
-# %% ../../nbs/data/10d_findings.ipynb #7e4d54cb
+# %% ../../nbs/data/10d_findings.ipynb #2f70ae1c
 def _html(report: RepairReport) -> str:
     rows = [
         {**asdict(RULES[rule]), "rows": report.counts[rule], "first": _where(report.examples[rule][0])}

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from ..core.errors import ConfigError, KallosError
 from ..core.schemas import BAR_COLUMNS
 from .features import compute_features, registered
-from .store import read_bars, stale_from, stored_features, write_features
+from .store import bar_changes, read_bars, stale_from, stored_features, write_features
 
 # %% ../../nbs/data/13e_refresh.ipynb #dbd06ee8
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ def refresh_features(
 ) -> Refreshed:
     """What was done to bring the stored features of all registered names up to date; DataError if there are no bars."""
     key = {"asset_id": asset_id, "timeframe": timeframe}
-    since = stale_from(engine, **key)  # before the bars are read: what changes in between is stale again
+    seen, since = bar_changes(engine, **key), stale_from(engine, **key)  # before the bars: what comes now stays stale
     bars = read_bars(engine, **key)
     columns = _columns(bars)
     if full or {*stored_features(engine, **key)} != columns:
         table = compute_features(bars, timeframe=timeframe)
-        return Refreshed(write_features(engine, table, **key), len(bars), len(columns), None)
+        return Refreshed(write_features(engine, table, **key, seen=seen), len(bars), len(columns), None)
     if since is None:
         return Refreshed(0, len(bars), len(columns), bars["ts"].iloc[-1])
     table = compute_features(bars, timeframe=timeframe, since=since)
-    return Refreshed(write_features(engine, table, **key, since=since), len(bars), len(columns), since)
+    return Refreshed(write_features(engine, table, **key, since=since, seen=seen), len(bars), len(columns), since)
 
 # %% ../../nbs/data/13e_refresh.ipynb #3f21330e
 def register_own_features(

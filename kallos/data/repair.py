@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, PRICE_COLUMNS, timeframe_delta
+from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS, timeframe_delta
 from .bars import gap_map, off_grid, to_utc
 from .duplicates import copies, settle
 from .findings import RepairReport
@@ -26,7 +26,7 @@ from kallos.data.rules import (
     spikes,
     vwap_outside,
 )
-from .watches import Order, Steps, VolumeScale
+from .watches import Echoes, Order, Steps, VolumeScale
 
 __all__ = ["RepairReport", "Repaired", "read_back"]
 
@@ -87,9 +87,9 @@ class _Neighbours:
         self._waiting = rows.iloc[final:]
         return ledger.keep_out(rows.iloc[:final], {"spike": jump, "frozen": hung & ~jump})
 
-# %% ../../nbs/data/10g_repair.ipynb #f5e2928e
-def _mended(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
-    """The bars within the rules, with `is_filled`."""
+# %% ../../nbs/data/10g_repair.ipynb #74e43d99
+def _widened(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
+    """The bars with highs and lows that bound them to the digit."""
     opened, high, low, close = (rows[name].to_numpy() for name in PRICE_COLUMNS)
     top, bottom = np.maximum(np.maximum(opened, close), high), np.minimum(np.minimum(opened, close), low)
     wide = (top != high) | (bottom != low)
@@ -97,32 +97,44 @@ def _mended(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
         ledger.report.found("high_low_rounding", rows[wide])
         rows = ledger.change(rows, "high", top, "high_low_rounding")
         rows = ledger.change(rows, "low", bottom, "high_low_rounding")
-    for name, mask in infinite_amounts(rows).items():
-        ledger.report.found("infinite_amount", rows[mask])
-        rows = ledger.change(rows, name, rows[name].mask(mask).to_numpy(), "infinite_amount")
-    told = rows["is_filled"].fillna(False).astype(bool) if "is_filled" in rows else np.zeros(len(rows), bool)
-    rows, flat = rows.assign(is_filled=told), flat_fillers(rows)
-    fresh = flat & ~rows["is_filled"].to_numpy()
-    if fresh.any():
-        ledger.report.found("flat_filler", rows[fresh])
-        rows = ledger.change(rows, "is_filled", flat | rows["is_filled"].to_numpy(), "flat_filler")
     return rows
 
-# %% ../../nbs/data/10g_repair.ipynb #321c3ea0
-def _told(rows: pd.DataFrame, report: RepairReport) -> int:
-    """The number of bars that have a VWAP; doubts about values are counted in the report."""
+
+def _emptied(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
+    """The bars without infinite amounts."""
+    masks = infinite_amounts(rows)
+    if masks:
+        ledger.report.found("infinite_amount", rows[np.logical_or.reduce([*masks.values()])])
+    for name, mask in masks.items():
+        rows = ledger.change(rows, name, rows[name].mask(mask).to_numpy(), "infinite_amount")
+    return rows
+
+# %% ../../nbs/data/10g_repair.ipynb #a7e63129
+def _marked(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
+    """The bars with `is_filled`."""
+    told = rows["is_filled"].fillna(False).to_numpy(bool) if "is_filled" in rows else np.zeros(len(rows), bool)
+    rows, flat = rows.assign(is_filled=told), flat_fillers(rows)
+    if (flat & ~told).any():
+        ledger.report.found("flat_filler", rows[flat & ~told])
+        rows = ledger.change(rows, "is_filled", flat | told, "flat_filler")
+    return rows
+
+# %% ../../nbs/data/10g_repair.ipynb #57feec66
+def _tell(rows: pd.DataFrame, report: RepairReport) -> None:
+    """Doubts about values, counted in the report."""
     report.found("vwap_outside", rows[vwap_outside(rows)])
-    amounts = [name for name in BAR_COLUMNS if name in rows and name not in PRICE_COLUMNS]
-    empty = {name: rows[name].isna().to_numpy() for name in amounts}
+    empty = {name: rows[name].isna().to_numpy() for name in OPTIONAL_BAR_COLUMNS if name in rows}
     for name, mask in empty.items():
         if mask.any():
             report.missing_values[name] = report.missing_values.get(name, 0) + int(mask.sum())
-    any_empty = np.logical_or.reduce([*empty.values()])
-    missing = {name: int(mask.sum()) for name, mask in empty.items() if mask.any()}
-    report.found("missing_values", rows[any_empty], said=lambda _: ", ".join(missing))
-    return int((rows["quote_asset_volume"] > 0).sum()) if "quote_asset_volume" in rows else 0
+    if report.missing_values:
+        report.found("missing_values", rows[np.logical_or.reduce([*empty.values()])], said=_empty_names)
 
-# %% ../../nbs/data/10g_repair.ipynb #bba80947
+
+def _empty_names(row: dict) -> str:
+    return ", ".join(name for name in OPTIONAL_BAR_COLUMNS if name in row and np.isnan(row[name]))
+
+# %% ../../nbs/data/10g_repair.ipynb #a5b7051f
 _MOST_FILLED = 100_000  # bars of one gap: more is a wrong stamp rather than an outage
 
 
@@ -144,24 +156,26 @@ def _filled(rows: pd.DataFrame, times: pd.DatetimeIndex, last: pd.DataFrame | No
     amounts = {name: 0.0 for name in BAR_COLUMNS[4:] if name in rows}
     flat = pd.DataFrame({"ts": times, **dict.fromkeys(PRICE_COLUMNS, before), **amounts})
     flat = flat.assign(source=ledger.report.what, row=0, is_filled=False)
-    ledger.report.found("filled", flat, said=lambda row: f"close {row['close']:.10g}")
+    ledger.report.found("filled", flat.drop(columns="row"), said=lambda row: f"close {row['close']:.10g}")
     flat = ledger.change(flat, "is_filled", np.ones(len(flat), bool), "filled")
     return pd.concat([rows, flat]).sort_values("ts", kind="stable")
 
-# %% ../../nbs/data/10g_repair.ipynb #688e1441
+# %% ../../nbs/data/10g_repair.ipynb #b0b3523c
 class _Bars:
     """The third stage: bars as they are handed out, and what the report says about them."""
 
     def __init__(self, timeframe: str, what: str, fill_gaps: bool):
         self.timeframe, self.what, self.fill_gaps = timeframe, what, fill_gaps
-        self.scale, self.priced = VolumeScale(), 0
+        self.scale, self.echoes, self.priced = VolumeScale(), Echoes(), 0
         self.tail: pd.DataFrame | None = None  # the last bars handed out
 
     def finish(self, rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
         """The bars of a chunk in the form of the house."""
-        rows = _mended(rows, ledger)
-        self.priced += _told(rows, ledger.report)
+        rows = _marked(_emptied(_widened(rows, ledger), ledger), ledger)
+        _tell(rows, ledger.report)
+        self.priced += int((rows["quote_asset_volume"] > 0).sum()) if "quote_asset_volume" in rows else 0
         self.scale.see(rows)
+        self.echoes.see(rows, ledger.report)
         last = None if self.tail is None else self.tail.tail(1)
         gaps = _gaps(rows if last is None else pd.concat([last, rows]), self.timeframe, ledger.report)
         if self.fill_gaps and len(gaps):
@@ -169,11 +183,11 @@ class _Bars:
         self.tail = pd.concat([self.tail, rows.tail(_USUAL + 1)]).tail(_USUAL + 1)
         return _handed_out(rows, ledger.report)
 
-# %% ../../nbs/data/10g_repair.ipynb #ede4e55d
+# %% ../../nbs/data/10g_repair.ipynb #aa009883
 def _gaps(rows: pd.DataFrame, timeframe: str, report: RepairReport) -> pd.DataFrame:
     """The gaps between these bars, which are entered in the report."""
     gaps = gap_map(rows["ts"], timeframe=timeframe)
-    said = "{missing:,} bars are missing".format_map
+    said = "missing: {missing:,}".format_map
     report.found("gap", gaps.rename(columns={"start": "ts"}), said=said)
     report.gaps = pd.concat([report.gaps, gaps], ignore_index=True) if len(gaps) else report.gaps
     return gaps
@@ -189,7 +203,7 @@ def _handed_out(rows: pd.DataFrame, report: RepairReport) -> pd.DataFrame:
     report.bars += len(bars)
     return bars
 
-# %% ../../nbs/data/10g_repair.ipynb #0b7170aa
+# %% ../../nbs/data/10g_repair.ipynb #7111f2e3
 _USUAL, _THIN = 100, 0.25
 
 
@@ -204,7 +218,7 @@ def _tell_thin(tail: pd.DataFrame | None, report: RepairReport) -> None:
         said = ", ".join(f"{name} {share:.0%} of the usual" for name, share in shares.items())
         report.found("thin_last_bar", tail.tail(1), said=lambda _: said)
 
-# %% ../../nbs/data/10g_repair.ipynb #e2a71884
+# %% ../../nbs/data/10g_repair.ipynb #723ea723
 _WHICH_VOLUME = "Say which column holds the base volume, as in --map volume=volume_btc."
 _REFUSED = {
     "unreadable_time": (
@@ -222,7 +236,7 @@ _REFUSED = {
     "vwap_outside": ("quote volume / volume lies outside the bar in {count:,} of {rows:,} rows", _WHICH_VOLUME),
 }
 
-# %% ../../nbs/data/10g_repair.ipynb #b4d7f895
+# %% ../../nbs/data/10g_repair.ipynb #cc7c4ffc
 def _refuse(report: RepairReport, priced: int) -> None:
     """Nothing; DataError if most rows break a rule that speaks against the reading."""
     for rule, (problem, todo) in _REFUSED.items():
@@ -232,7 +246,7 @@ def _refuse(report: RepairReport, priced: int) -> None:
             said = f"{report.what}: {problem.format(count=count, rows=rows)}"
             raise DataError(said, received=example, next_step=todo)
 
-# %% ../../nbs/data/10g_repair.ipynb #91e52c48
+# %% ../../nbs/data/10g_repair.ipynb #63039000
 class Repair:
     """The repair of one series, chunk after chunk."""
 
@@ -255,7 +269,7 @@ class Repair:
         """The next chunk, repaired; a few bars may come with the chunk after it. DataError on a file to refuse."""
         return _add(self, raw, last)
 
-# %% ../../nbs/data/10g_repair.ipynb #9d46a56b
+# %% ../../nbs/data/10g_repair.ipynb #5c52d67c
 def _add(repair: Repair, raw: pd.DataFrame, last: bool) -> Repaired:
     ledger, report = Ledger(repair.report), repair.report
     report.rows += len(raw)
@@ -273,7 +287,7 @@ def _add(repair: Repair, raw: pd.DataFrame, last: bool) -> Repaired:
         _conclude(repair)
     return ledger.repaired(bars)
 
-# %% ../../nbs/data/10g_repair.ipynb #c19f14af
+# %% ../../nbs/data/10g_repair.ipynb #a2fb3ea2
 def _conclude(repair: Repair) -> None:
     report = repair.report
     _refuse(report, repair._bars.priced)
@@ -282,7 +296,7 @@ def _conclude(repair: Repair) -> None:
     repair._bars.scale.tell(report)
     _tell_thin(repair._bars.tail, report)
 
-# %% ../../nbs/data/10g_repair.ipynb #19577077
+# %% ../../nbs/data/10g_repair.ipynb #085a5cec
 def repair_bars(
     raw: pd.DataFrame,  # rows as read: `ts` (UTC, NaT if unreadable), columns of bars; also ts_other, row, source
     *,
@@ -293,6 +307,7 @@ def repair_bars(
     drop_last: bool = False,  # leave the last bar out, if it is not left out anyway
 ) -> tuple[Repaired, RepairReport]:
     """The repaired series and the report on it; DataError on a file to refuse."""
+    raw = raw.assign(ts=raw["ts"].dt.as_unit("us"))
     raw = raw if "row" in raw else raw.assign(row=np.arange(1, len(raw) + 1))
     raw = raw if "source" in raw else raw.assign(source=what)
     repair = Repair(timeframe=timeframe, what=what, now=now, fill_gaps=fill_gaps, drop_last=drop_last)

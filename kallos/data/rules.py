@@ -67,6 +67,9 @@ _OF_VALUES = _rules(
     Rule("flat_filler", "info", "repaired", "One price and no volume: nobody traded, the bar was marked is_filled."),
     Rule("vwap_outside", "warning", "reported", "Quote volume / volume lies outside the bar's prices by over 0.1 %."),
     Rule("splice", "warning", "reported", "The scale of the volume steps up or down: two venues in one series?"),
+    Rule(
+        "echo", "warning", "reported", "Three or more bars repeat as many a few bars before; one of the two is false."
+    ),
     Rule("missing_values", "info", "reported", "An amount that a bar can do without is missing."),
 )
 RULES = _OF_TIME | _OF_COPIES | _OF_VALUES

@@ -21,7 +21,7 @@ from .cells import read_numbers, read_stamps
 # %% ../../nbs/data/11_sources.ipynb #d15861f5
 _SPELLINGS = {
     "ts": "opentime opentimestamp unix unixtimestamp timestamp ts opendate datetime date time",
-    "symbol": "symbol pair ticker market instrument instid",
+    "symbol": "symbol pair ticker instid",
     "open": "open openprice",
     "high": "high highprice",
     "low": "low lowprice",
@@ -91,7 +91,9 @@ def _base_volume(
     by_name = [name for name in names if base and assets[name] == base]
     others = [name for name in names if assets[name] not in {quote, *_MONEY.split("|")}]
     by_number = [one for one in names if any(_is_quote(head[two], head[one], head) for two in names if two != one)]
-    return next((found[0] for found in (by_name, others, by_number) if len(found) == 1), None)
+    # beside a volume, what is in no relation of price to it is an indicator, such as volume_sma
+    plain = [name for name in others if not assets[name] and not by_number and (head[names] > 0).all(axis=1).any()]
+    return next((found[0] for found in (by_name, others, by_number, plain) if len(found) == 1), None)
 
 # %% ../../nbs/data/11_sources.ipynb #59f4b9b8
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _by_name(names: list[str], chosen: dict[str, str], source: str) -> dict[str,
     return columns
 
 # %% ../../nbs/data/11_sources.ipynb #26d1b97c
-def _times_checked(columns: dict[str, str], head: dict[str, pa.Array], notes: list[str]) -> dict[str, str]:
+def _times_checked(columns: dict[str, str], head: dict[str, pa.Array], source: str, notes: list[str]) -> dict[str, str]:
     """The columns, with a second time only if it is one."""
     named = {column: name for name, column in columns.items()}
     if "ts_other" not in named:
@@ -171,18 +173,32 @@ def _times_checked(columns: dict[str, str], head: dict[str, pa.Array], notes: li
     times = {column: read_stamps(head[named[column]])[0] for column in ("ts", "ts_other")}
     for column, other in (("ts_other", "ts"), ("ts", "ts_other")):
         if len(times[column]) and _is_no_time(times[column], times[other]):
+            _check_clock(head[named[column]], f"{source}: {named[column]}", times[other])
             notes.append(f"{named[column]} does not hold the times of the bars and is left out")
             return {name: "ts" if c == other else c for name, c in columns.items() if c != column}
+    apart = int((times["ts"] != times["ts_other"]).sum())
+    if 2 * apart > len(times["ts"]):
+        notes.append(
+            f"{named['ts']} and {named['ts_other']} disagree: say with --map ts={named['ts']} which one is right"
+        )
     return columns
 
-
+# %% ../../nbs/data/11_sources.ipynb #6eb84973
 def _is_no_time(times: np.ndarray, others: np.ndarray) -> bool:
     if np.isnat(others).all():
         return False
     days = np.isnat(times) | (times == others.astype("datetime64[D]"))
     return np.isnat(times).all() or bool(days.all() and (times != others).any())
 
-# %% ../../nbs/data/11_sources.ipynb #6f1c5048
+
+def _check_clock(values: pa.Array, name: str, others: np.ndarray) -> None:
+    """DataError if the other column holds the day of each bar and this one the hour."""
+    clock = [re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", str(value)) for value in values]
+    if all(clock) and len({*others.tolist()}) < len(others) and (others == others.astype("datetime64[D]")).all():
+        todo = "Write both into one column, as 2025-01-01 09:00."
+        raise DataError(f"{name} holds the hour, and another column the day", str(values[0]), todo)
+
+# %% ../../nbs/data/11_sources.ipynb #f08a7e4e
 def _with_volumes(
     columns: dict[str, str], head: dict[str, pa.Array], *, source: str, pair: tuple | None, notes: list[str]
 ) -> dict[str, str]:
@@ -207,7 +223,7 @@ def _with_volumes(
         found[quotes[0]] = "quote_asset_volume"
     return found
 
-# %% ../../nbs/data/11_sources.ipynb #1070af2b
+# %% ../../nbs/data/11_sources.ipynb #5e1426a0
 def _kind(names: list[str], columns: dict[str, str], container: str, header: bool, preamble: str) -> str:
     plain = [_plain(name) for name in names]
     if "cryptodatadownload" in preamble.lower() or ({"unix", "symbol"} <= {*plain} and "volume" not in plain):
@@ -230,7 +246,7 @@ def _needed(columns: dict[str, str], names: list[str], source: str) -> None:
         problem = f"{source} lacks the columns {', '.join(missing)}"
         raise DataError(problem, received=_shown(names), next_step=f"{todo}: --map {missing[0]}=NAME.")
 
-# %% ../../nbs/data/11_sources.ipynb #a905f266
+# %% ../../nbs/data/11_sources.ipynb #e7ab26ea
 def recognise(
     names: list[str],  # the file's columns
     head: dict[str, pa.Array],  # their first rows
@@ -248,7 +264,7 @@ def recognise(
     said = str(symbol[0].as_py()) if symbol is not None and len(symbol) else ""
     columns = _with_volumes(columns, head, source=source, pair=symbol_in(said) or symbol_in(source), notes=notes)
     _needed(columns, names, source)
-    columns = _times_checked(columns, head, notes)
+    columns = _times_checked(columns, head, source, notes)
     kept = {name: columns[name] for name in names if name in columns}
     ignored = [name for name in names if name not in columns]
     return Recognised(source, _kind(names, columns, container, header, preamble), kept, ignored, notes=notes)

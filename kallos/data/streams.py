@@ -39,12 +39,12 @@ def open_bytes(
     path: Path,  # a plain file, a .gz or a .zip
     *,
     member: str | None = None,  # the name of the file in a .zip
-) -> Iterator[tuple[pa.NativeFile, Callable[[], int]]]:
+) -> Iterator[tuple[pa.NativeFile | io.IOBase, Callable[[], int]]]:
     """The stream of plain bytes, and a function that tells how many bytes of the file on disk are used up."""
     with ExitStack() as stack:
         if member is not None:
             archive = stack.enter_context(zipfile.ZipFile(path))
-            yield pa.PythonFile(stack.enter_context(archive.open(member)), "r"), archive.fp.tell
+            yield stack.enter_context(archive.open(member)), archive.fp.tell
             return
         raw = stack.enter_context(pa.OSFile(str(path)))
         packed = path.name.lower().endswith(".gz")
@@ -60,23 +60,28 @@ def _json_lines(stream: io.IOBase) -> Iterator[bytes]:
         text, begun = text if begun else _json_begun(text), True
         # brackets at the very end may be the first half of a break between two rows
         whole = len(text) - len(re.search(rb"[\]\[,\s]*$", text[-4096:])[0])
-        yield re.sub(rb"\]\s*,\s*\[", b"\n", text[:whole])
+        yield _dense(text[:whole]).replace(b"],[", b"\n")
         text = text[whole:]
     end = re.search(rb"\]\s*\]\s*$", text if begun else _json_begun(text))
     if not end:
         raise pa.ArrowInvalid("the JSON ends in the middle of its rows")
 
+# %% ../../nbs/data/10f_streams.ipynb #ccd4a046
+def _dense(text: bytes) -> bytes:
+    """The JSON without space around its brackets and commas."""
+    return re.sub(rb"\s*([\[\],])\s*", rb"\1", text) if re.search(rb"[\[\],]\s|\s[\[\],]", text) else text
+
 
 def _json_begun(text: bytes) -> bytes:
-    begin = re.match(rb"\s*\[\s*(\[|\]\s*$)", text)
+    begin = re.match(rb"\s*\[\s*(\[|\]\s*$)\s*", text)
     if not begin:
         raise pa.ArrowInvalid(
             "this JSON is no list of rows, as [[milliseconds, open, high, low, close, volume], ...] is"
         )
     return text[begin.end() :] if begin[1] == b"[" else b"]]"
 
-# %% ../../nbs/data/10f_streams.ipynb #48589b77
-class JsonRows(io.RawIOBase):
+# %% ../../nbs/data/10f_streams.ipynb #23fb85a0
+class JsonRows:
     """A JSON list of rows as a stream of CSV without header; ArrowInvalid where it is none or has no end."""
 
     def __init__(
@@ -85,10 +90,8 @@ class JsonRows(io.RawIOBase):
     ):
         self._lines, self._ready = _json_lines(stream), b""
 
-    def readable(self) -> bool:
-        return True
-
     def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes, fewer at the end."""
         parts, length = [self._ready], len(self._ready)
         while size < 0 or length < size:
             text = next(self._lines, None)

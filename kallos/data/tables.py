@@ -51,6 +51,7 @@ SERIES = sa.Table(
     _asset_column(primary_key=True),
     sa.Column("timeframe", sa.String, primary_key=True),
     sa.Column("stale_from", UtcTime),  # open time of the first bar whose features must be computed; NULL is none
+    sa.Column("changes", sa.BigInteger, nullable=False, default=0),  # how often bars came or changed
     sa.Column("features", sa.Text),  # the names of the stored features, separated by blanks; NULL is none
 )
 

@@ -117,7 +117,7 @@ def scaler_rows(
     found = [_explained(f, given, honest, wider, foreign, len(train)) for f in probe.findings]
     return Probe("scaler", probe.comparisons, tuple(found))
 
-# %% ../../nbs/evaluation/30e_boundaries.ipynb #ac441b6e
+# %% ../../nbs/evaluation/30e_boundaries.ipynb #fe2cdf77
 def _explained(
     finding: Finding, given: pd.DataFrame, honest: pd.DataFrame, wider: dict, foreign: pd.Index, n_train: int
 ) -> Finding:
@@ -133,7 +133,7 @@ def _explained(
     )
     return Finding("scaler", column, foreign[0], said, finding.count)
 
-# %% ../../nbs/evaluation/30e_boundaries.ipynb #a8e083a2
+# %% ../../nbs/evaluation/30e_boundaries.ipynb #b3b85ed2
 def scaled_rows(
     scaled: pd.DataFrame,  # (n) rows by time, as they lie on disk
     plain: pd.DataFrame,  # (n) the same rows, unscaled
