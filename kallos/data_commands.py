@@ -118,9 +118,9 @@ def _bytes_of(bar: Any) -> Any:
 # %% ../nbs/59b_data_commands.ipynb #ffebcda6
 def _tell_ingested(one: Any) -> None:
     from kallos.core.config import project_root
+    from kallos.data.sources import recognised_text
 
-    for seen in one.recognised:
-        typer.echo(seen.text())
+    typer.echo(recognised_text(one.recognised))
     typer.echo(one.repair.text())
     span = _span(one.repair.first, one.repair.last)
     _tell_written(f"{one.asset_id} {one.repair.timeframe}: {one.repair.bars} bars, {span}", one.written)

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from ..core.errors import DataError
 
-# %% ../../nbs/data/10f_streams.ipynb #15ec8011
-_BROKEN = (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
+# %% ../../nbs/data/10f_streams.ipynb #9922fb98
+_BROKEN = (OSError, EOFError, UnicodeError, pa.ArrowException, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 @contextmanager
