@@ -15,6 +15,7 @@ from .core.errors import ConfigError, DataError, KallosError
 from .options import command, tell_next
 
 data_app = typer.Typer()
+_AGAIN = "nothing is half written, and the same command starts again."
 
 # %% ../nbs/59b_data_commands.ipynb #5e2a891f
 def _assets(given: dict[str, Any]) -> list[str]:
@@ -24,10 +25,7 @@ def _assets(given: dict[str, Any]) -> list[str]:
         raise ConfigError("several instruments are named", received=", ".join(names), next_step=todo)
     return list(dict.fromkeys(name.strip() for name in names))
 
-# %% ../nbs/59b_data_commands.ipynb #4bc70f09
-_AGAIN = "nothing is half written, and the same command starts again."
-
-
+# %% ../nbs/59b_data_commands.ipynb #f70b7299
 @command(
     data_app,
     "asset_id timeframe start end seed signal replace db_url",
@@ -40,7 +38,8 @@ def sample(
 ) -> None:
     """Write an invented market into the database, to try everything without a download."""
     from kallos.data.sample import sample_bars
-    from kallos.data.store import connect, write_bars
+    from kallos.data.store import write_bars
+    from kallos.data.tables import connect
 
     target = {name: given.pop(name) for name in ("asset_id", "replace") if name in given}
     db_url = given.pop("db_url", None)
@@ -56,7 +55,8 @@ def _span(first: Any, last: Any) -> str:
 
 
 def _tell_written(what: str, done: Any) -> None:
-    typer.echo(f"{what}; {done.inserted} new, {done.updated} changed, {done.unchanged} known")
+    kept = f", {done.kept} not replaced, for what was stored is better" if done.kept else ""
+    typer.echo(f"{what}; {done.inserted} new, {done.updated} changed, {done.unchanged} known{kept}")
 
 # %% ../nbs/59b_data_commands.ipynb #64763854
 _INGEST = "files asset_id timeframe venue market quote mapping fill_gaps drop_last replace allow_batch_symbols db_url"
@@ -74,6 +74,9 @@ def _mapping(given: dict[str, Any]) -> dict[str, str]:
     wrong = [column + sign + name for column, sign, name in pairs if not (column and sign and name)]
     if wrong:
         raise ConfigError("--map takes column=name", wrong, "Write it as --map volume=volume_btc.")
+    columns = [column for column, _, _ in pairs]
+    if len({*columns}) < len(columns):
+        raise ConfigError("--map names a column twice", columns, "Say once where each column comes from.")
     return {column: name for column, _, name in pairs}
 
 # %% ../nbs/59b_data_commands.ipynb #ad39c35a
@@ -91,7 +94,7 @@ def ingest(
     from kallos.core.config import project_root
     from kallos.data.files import find_files
     from kallos.data.ingest import ingest_files
-    from kallos.data.store import connect
+    from kallos.data.tables import connect
 
     files = find_files(given.pop("files", None) or [_raw_folder(project_root())])
     given["mapping"], db_url = _mapping(given), given.pop("db_url", None)
@@ -118,12 +121,15 @@ def _bytes_of(bar: Any) -> Any:
 # %% ../nbs/59b_data_commands.ipynb #ffebcda6
 def _tell_ingested(one: Any) -> None:
     from kallos.core.config import project_root
+    from kallos.data.rules import RULES
     from kallos.data.sources import recognised_text
 
     typer.echo(recognised_text(one.recognised))
     typer.echo(one.repair.text())
     span = _span(one.repair.first, one.repair.last)
     _tell_written(f"{one.asset_id} {one.repair.timeframe}: {one.repair.bars} bars, {span}", one.written)
+    if sum(one.repair.counts.get(rule, 0) for rule in RULES if RULES[rule].remedy == "quarantined"):
+        typer.echo("Rows kept out, with the reason: kallos.data.records.read_quarantine, or nbs/explore.ipynb")
     typer.echo(f"Repair report: {one.save(project_root() / 'reports' / 'ingest')}")
 
 # %% ../nbs/59b_data_commands.ipynb #201fc1b1
@@ -139,17 +145,16 @@ def fetch(
 ) -> None:
     """Fetch bars from an exchange into the database: closed bars only, going on from the last stored one."""
     from kallos.data.fetch import fetch_bars
-    from kallos.data.store import connect
+    from kallos.data.tables import connect
 
-    symbols, timeframes = given["symbols"], given.pop("timeframes", ["1d"])
-    url, names = given.pop("exchange_url", None), _names_of(given, symbols)
+    given["timeframes"] = given.get("timeframes", ["1d"])
+    given |= {"url": given.pop("exchange_url", None), "asset_ids": _names_of(given, given["symbols"])}
     engine = connect(given.pop("db_url", None))
     with _Bars() as bars:
-        found = fetch_bars(engine, timeframes=timeframes, asset_ids=names, url=url, progress=bars.tell, **given)
-    for one in found:
-        typer.echo("\n".join([one.text(), *(report.text() for report in one.reports)]))
-    series = [one for one in found if one.series != "funding"]
-    tell_next(*(f"kallos-run features --asset-id {one.asset_id} --timeframe {one.series}" for one in series))
+        found = fetch_bars(engine, progress=bars.tell, **given)
+    typer.echo("\n".join(text.text() for one in found for text in (one, *one.reports)))
+    names = [f"--asset-id {one.asset_id} --timeframe {one.series}" for one in found if one.series != "funding"]
+    tell_next(*(f"kallos-run features {name}" for name in names))
 
 # %% ../nbs/59b_data_commands.ipynb #2232ef6a
 def _names_of(given: dict[str, Any], symbols: list[str]) -> dict[str, str] | None:
@@ -192,7 +197,8 @@ def features(
 ) -> None:
     """Compute the features of stored bars, as far as new or changed bars concern them, and store them."""
     from kallos.data.refresh import refresh_features
-    from kallos.data.store import connect, read_features
+    from kallos.data.store import read_features
+    from kallos.data.tables import connect
 
     _register_own(given)
     names, engine = _assets(given), connect(given.pop("db_url", None), create=False)
@@ -214,12 +220,12 @@ def _register_own(given: dict[str, Any]) -> None:
 
 
 def _tell_features(name: str, done: Any, rows: int) -> None:
-    fresh = (
-        "all computed" if done.since is None else f"{done.rows} computed, from the bar of {done.since:%Y-%m-%d %H:%M}"
-    )
-    fresh = fresh if done.rows else "all known already"
+    fresh = "all computed" if done.rows else "all known already"
+    if done.rows and done.since is not None:
+        fresh = f"{done.rows} computed, from the bar of {done.since:%Y-%m-%d %H:%M}"
     typer.echo(
-        f"{name}: {rows} rows of {done.bars} bars (the others warm the features up), {done.columns} columns; {fresh}"
+        f"{name}: {rows} rows of {done.bars} bars (the others warm the features up, after each gap anew), "
+        f"{done.columns} columns; {fresh}"
     )
 
 # %% ../nbs/59b_data_commands.ipynb #47109b51
@@ -227,7 +233,7 @@ _SPLITS = "horizons labels profit_taking stop_loss volatility_window weighting o
 _BORDERS = "train_end end_date train_share val_share embargo tables_path"
 _RENAMED = {"bars_start": "start", "bars_end": "end", "tables_path": "output_path"}
 
-
+# %% ../nbs/59b_data_commands.ipynb #e287bcef
 @command(
     data_app,
     f"asset_id timeframe bars_start bars_end feature_groups {_SPLITS} {_BORDERS} own_features db_url",
@@ -245,15 +251,18 @@ def data(
     _register_own(given)
     db_url = given.pop("db_url", None)
     settings = DataSettings.from_values({_RENAMED.get(k, k): v for k, v in given.items()}, source="the options")
-    typer.echo(build_tables(settings, db=db_url).text())
+    built = build_tables(settings, db=db_url)
+    typer.echo(built.text())
+    where = f"--asset-id {settings.asset_id} --timeframe {settings.timeframe}"
+    tell_next(f"kallos-run audit {where} --tables {built.folder}")
 
-# %% ../nbs/59b_data_commands.ipynb #88a38e45
+# %% ../nbs/59b_data_commands.ipynb #911d1fa5
 class LeakFound(KallosError):
     """An audit that ended with findings."""
 
     exit_code = 5
 
-# %% ../nbs/59b_data_commands.ipynb #cc4fde50
+# %% ../nbs/59b_data_commands.ipynb #cc8913dc
 @command(
     data_app,
     "asset_id timeframe features horizons probes tables_folder seed own_features report db_url",
@@ -266,7 +275,7 @@ def audit(
 ) -> None:
     """Try to catch features, labels, splits and scalers looking into the future, on an asset of the database."""
     from kallos.core.runs import write_json
-    from kallos.data.store import connect
+    from kallos.data.tables import connect
     from kallos.evaluation.leakage import audit as run_audit
 
     _register_own(given)
@@ -279,7 +288,7 @@ def audit(
         columns = ", ".join(dict.fromkeys(found.findings["column"]))
         raise LeakFound("the audit found a leak", received=columns, next_step="The lines above name the rows.")
 
-# %% ../nbs/59b_data_commands.ipynb #2db39d7f
+# %% ../nbs/59b_data_commands.ipynb #9fb22002
 def _audit_options(given: dict[str, Any]) -> dict[str, Any]:
     found = {name: given[name] for name in ("asset_id", "timeframe", "seed") if name in given}
     lists = {"names": "features", "probes": "probes"}

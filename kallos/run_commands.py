@@ -33,7 +33,9 @@ def _settings(kind: str, given: dict[str, Any]) -> "RunSettings":
 
 
 def _check_run(settings: "RunSettings", db_url: str | None) -> None:
-    from kallos.data.store import connect, list_assets, read_features
+    from kallos.data.assets import list_assets
+    from kallos.data.store import read_features
+    from kallos.data.tables import connect
     from kallos.models.architectures import check_model_name
 
     check_model_name(settings.model_name)
@@ -185,7 +187,8 @@ def dashboard(
     """Serve optuna-dashboard for the studies of a folder, or of a PostgreSQL database."""
     from optuna_dashboard import run_server
 
-    from kallos.data.store import connect, to_url
+    from kallos.data.database import to_url
+    from kallos.data.tables import connect
 
     url, host, port = to_url(given.get("db_url")), given.get("host", "127.0.0.1"), given.get("port", 8080)
     if "optuna_schema" in given or (url.get_backend_name() == "postgresql" and "folder" not in given):

@@ -21,8 +21,9 @@ import kallos
 from kallos import main as command_line
 from kallos import options, run_commands
 from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
+from kallos.data.assets import list_assets
 from kallos.data.sample import sample_bars
-from kallos.data.store import connect, list_assets
+from kallos.data.tables import connect
 from kallos.evaluation import trials
 from kallos.workflow import reports
 
@@ -148,7 +149,7 @@ WRONG = {
     "two symbols": (("ingest", "two.csv", *BTC), "two.csv holds several instruments; got 'BTCUSDT, ETHUSDT'"),
     "no mapping": (("ingest", "good.csv", *BTC, "--map", "volume"), "--map takes column=name"),
     "unknown column": (("ingest", "good.csv", *BTC, "--map", "volume=amount"), "no column for --map volume=amount"),
-    "wrong distance": (("ingest", "days.csv", "--asset-id", "X", "--timeframe", "1h"), "most bars are 1 days"),
+    "wrong distance": (("ingest", "days.csv", "--asset-id", "X", "--timeframe", "1h"), "most bars are 1d apart"),
     "no number": (("tune", *RUN, "--n-trials", "many"), "Invalid value for '--n-trials'"),
     "nothing required": (("tune",), "asset_id is required; end_date is required"),
     "unknown asset": (("tune", "--asset-id", "DOGE", "--end-date", "2023-01-01"), "BTC 1d"),

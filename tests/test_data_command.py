@@ -20,7 +20,8 @@ from kallos.data.features import registered
 from kallos.data.labels import make_labels
 from kallos.data.purged import PurgedKFold
 from kallos.data.sample import sample_bars
-from kallos.data.store import connect, write_bars
+from kallos.data.store import write_bars
+from kallos.data.tables import connect
 from kallos.models import tables as tables_module
 from kallos.models.container import TimeSeriesDataContainer
 from kallos.models.partition import PARTS, DataSettings, partition_bars
@@ -313,3 +314,55 @@ def test_real_bars(real_data: Path, tmp_path: Path):
     assert container.test["ts"].iloc[0] == pd.Timestamp("2025-12-31 00:15", tz="UTC")
     for h in (1, 5, 20):
         assert container.train[f"label_h{h}"].value_counts(normalize=True).min() > 0.1
+
+
+# Time is not rows
+
+
+def test_training_knows_nothing_after_its_end_though_a_gap_follows(bars: pd.DataFrame, tmp_path: Path):
+    """The bars go on for two days after the end of training, then are missing for five."""
+    gap = bars["ts"][1499]  # the last bar before the hole
+    end = gap - pd.Timedelta("2D")
+    for labels in ("forward_return", "triple_barrier"):
+        values = {"train_end": str(end), "end_date": "2023-06-01", "horizons": "1,5,20", "labels": labels}
+        parts = partition_bars(bars, settings=make(tmp_path, **values)).tables
+        for part, last in (("train", end), ("val", pd.Timestamp("2023-06-01", tz="UTC"))):
+            ends = parts[part][["t1_h1", "t1_h5", "t1_h20"]].max(axis=1)
+            assert ends.max() <= last
+            assert ends.max() > last - pd.Timedelta("1D")
+
+
+def test_nothing_after_the_border_changes_a_training_row(bars: pd.DataFrame, tmp_path: Path):
+    """Features of longer bars, labels, weights and the scaler's numbers, with another market behind the border."""
+    groups = {"bounded_features": ["rsi", "mfi_1d"], "unbounded_features": ["log_return_3_12h"]}
+    settings = make(
+        tmp_path, feature_groups=groups, horizons="1,5", train_end="2023-03-05T08:00", weighting="uniqueness"
+    )
+    honest = partition_bars(bars, settings=settings)
+    later = bars["ts"] >= settings.train_end
+    wild = bars.copy()
+    for name in ("open", "high", "low", "close", "volume"):
+        wild[name] = wild[name].where(~later, wild[name] * 1.7)
+    other = partition_bars(wild, settings=settings)
+    pd.testing.assert_frame_equal(other.tables["train"], honest.tables["train"], check_exact=True)
+    pd.testing.assert_frame_equal(other.scaled["train"], honest.scaled["train"], check_exact=True)
+
+
+def test_gaps_everywhere_are_said_to_be_the_reason(bars: pd.DataFrame, tmp_path: Path):
+    short = {"feature_groups": {"unbounded_features": ["log_return_1"]}, "labels": "forward_return"}
+    pairs = bars[np.arange(len(bars)) % 3 > 0].reset_index(drop=True)
+    with pytest.raises(DataError, match="no row has both its features and a label"):
+        partition_bars(pairs, settings=make(tmp_path, horizons="1", **short))
+    single = bars[::2].reset_index(drop=True)
+    with pytest.raises(DataError, match="a run of more than 1 bars without a gap"):
+        partition_bars(single, settings=make(tmp_path, horizons="1", **short))
+
+
+def test_darts_series_are_refused_where_no_stretch_is_long_enough(bars: pd.DataFrame, tmp_path: Path):
+    """Runs of sixteen bars: a row has its label over fourteen, but no row has fourteen others before it."""
+    short = {"feature_groups": {"unbounded_features": ["log_return_1"]}, "labels": "forward_return", "horizons": "14"}
+    runs = bars[np.arange(len(bars)) % 17 > 0].reset_index(drop=True)
+    box = TimeSeriesDataContainer.load(write_tables(partition_bars(runs, settings=make(tmp_path, **short))).folder)
+    assert len(box.numpy("train", 14).y) == len(box.train)
+    with pytest.raises(DataError, match="train has no stretch of more than 14 rows without a gap"):
+        box.darts("train", 14)

@@ -14,12 +14,14 @@ import papermill
 import pytest
 from exchange_server import Listing, candles, serving
 
+from kallos.data.assets import list_assets
 from kallos.data.bars import gap_map, resample_bars
 from kallos.data.ingest import load_repair_report
 from kallos.data.records import read_funding, read_quarantine, read_repairs
 from kallos.data.repair import read_back
 from kallos.data.sample import sample_bars
-from kallos.data.store import connect, list_assets, read_bars, read_features
+from kallos.data.store import read_bars, read_features
+from kallos.data.tables import connect
 from kallos.models.container import TimeSeriesDataContainer
 
 BTC = ("--asset-id", "BTC", "--timeframe", "1d")

@@ -16,6 +16,7 @@ from exchange_server import ExchangeServer, Listing, candles, serving
 
 from kallos.core.errors import ConfigError, DataError
 from kallos.core.schemas import BAR_COLUMNS
+from kallos.data.assets import list_assets
 from kallos.data.bars import gap_map
 from kallos.data.exchange import ExchangeError, Pace, Patience, open_exchange
 from kallos.data.fetch import fetch_bars
@@ -23,7 +24,8 @@ from kallos.data.pages import exchange_now, fetch_funding_pages, fetch_pages, fi
 from kallos.data.records import read_funding, read_quarantine
 from kallos.data.repair import repair_bars
 from kallos.data.sample import sample_bars
-from kallos.data.store import connect, list_assets, read_bars
+from kallos.data.store import read_bars
+from kallos.data.tables import connect
 
 pytest.importorskip("ccxt", reason="needs ccxt: pip install 'kallos[exchange]'")
 
@@ -566,7 +568,7 @@ CHILD = """
 import sys
 from kallos.data.exchange import Pace, Patience, open_exchange
 from kallos.data.fetch import fetch_bars
-from kallos.data.store import connect
+from kallos.data.tables import connect
 
 url, db_url = sys.argv[1:]
 client = open_exchange("binance", url=url, pace=Pace(patience=Patience(first=0.01)))

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kallos.core.errors import DataError
+from kallos.core.errors import ConfigError, DataError
 from kallos.data.bars import resample_bars
-from kallos.data.features import bounds_of, compute_features, feature, registered, unregister
+from kallos.data.features import Feature, bounds_of, compute_features, feature, register, registered, unregister
 from kallos.data.files import read_bars_file
 from kallos.data.sample import sample_bars
 
@@ -88,6 +88,75 @@ def test_rows_are_where_every_feature_is_known(bars):
         assert row["taker_buy_ratio"] == by_open.loc[opened, TAKER] / by_open.loc[opened, "volume"]
         usable = by_open["number_of_trades"][:opened].dropna()
         assert row["trade_ratio_test"] == usable.iloc[-1] / usable.iloc[-3]
+
+
+# What a user may have written
+
+
+def writes_prices(columns):
+    columns["close"][:] = 1.0
+    return columns["close"]
+
+
+def writes_times(columns):
+    columns["ts"][:] = columns["ts"][0]
+    return np.zeros(len(columns["ts"]))
+
+
+def divides_by_the_hundredth(columns):
+    return columns["close"] / columns["close"][10_000]
+
+
+WRONG = {
+    "read-only": (writes_prices, writes_times),
+    "IndexError": (divides_by_the_hundredth,),
+    "one value a bar": (lambda c: c["close"][1:], lambda c: c["close"][:, None], lambda c: None, lambda c: 1.0),
+    "could not convert": (lambda c: ["up"] * len(c["close"]),),
+}
+
+
+@pytest.mark.parametrize(("said", "compute"), [(said, wrong) for said in WRONG for wrong in WRONG[said]])
+@pytest.mark.parametrize("gap_safe", [False, True])
+def test_a_wrong_feature_is_named_and_changes_nothing(said, compute, gap_safe):
+    bars = WHOLE.drop(index=100).reset_index(drop=True)
+    before = bars.copy(deep=True)
+    honest = computed(bars)
+    inputs = ("ts", "close")
+    register(Feature("wrong", "unbounded_features", compute, inputs, 0, "a mistake", gap_safe=gap_safe))
+    try:
+        with pytest.raises(ConfigError, match="feature 'wrong'") as caught:
+            compute_features(bars, timeframe="1h", names=["wrong", *NAMES])
+    finally:
+        unregister("wrong")
+    assert said in str(caught.value)
+    pd.testing.assert_frame_equal(bars, before)
+    pd.testing.assert_frame_equal(computed(bars), honest)
+
+
+def test_numbers_of_any_kind_are_taken():
+    close = compute_features(WHOLE, timeframe="1h", names=[])["close"].round()
+    for give in (
+        lambda c: [int(x) for x in c["close"].round()],
+        lambda c: pd.Series(c["close"].round(), index=c["ts"]),
+    ):
+        register(Feature("own", "unbounded_features", give, ("ts", "close"), 0, "a rounded close"))
+        try:
+            values = compute_features(WHOLE, timeframe="1h", names=["own"])["own"]
+        finally:
+            unregister("own")
+        assert values.dtype == "float64" and values.tolist() == close.tolist()
+
+
+def test_an_hourly_row_sees_a_longer_bar_from_its_close_on():
+    bars = WHOLE.drop(index=50).reset_index(drop=True)
+    table = compute_features(bars, timeframe="1h", names=["log_return_1_4h"]).set_index("ts")["log_return_1_4h"]
+    close = resample_bars(bars, timeframe="1h", to="4h").set_index("ts")["close"]
+    known = np.log(close / close.shift(freq="4h")).dropna().rename_axis("ts")
+    known.index += pd.Timedelta("4h")  # when each longer bar closes
+    for ts, value in table.items():
+        assert value == pytest.approx(known[ts.floor("4h")], rel=1e-12), ts
+    missing = pd.Timestamp("2024-01-03T02:00", tz="UTC").floor("4h")  # the bar of hour 50 never closes
+    assert not table.index.isin(pd.date_range(missing + pd.Timedelta("4h"), periods=8, freq="1h")).any()
 
 
 REAL = {"BTCUSDT_spot_1d.csv.gz": "1d", "BTCUSDT_spot_4h.csv.gz": "4h", "BTCUSDT_perp_15m.parquet": "15m"}

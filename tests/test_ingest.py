@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -16,15 +18,20 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import csv, feather
+from pyarrow import csv, feather, parquet
 
 from kallos.core.errors import DataError
 from kallos.core.schemas import BAR_COLUMNS, PRICE_COLUMNS
-from kallos.data.bars import gap_map, segment_ids
+from kallos.data import files
+from kallos.data.assets import list_assets
+from kallos.data.bars import gap_map, resample_bars, segment_ids
 from kallos.data.features import compute_features, registered
 from kallos.data.files import find_files, read_bars_file, read_raw, stream_raw, symbols_of
+from kallos.data.ingest import ingest_files
+from kallos.data.merging import WriteReport
 from kallos.data.sample import sample_bars
-from kallos.data.store import WriteReport, connect, read_bars, read_features, write_bars, write_features
+from kallos.data.store import read_bars, read_features, write_bars, write_features
+from kallos.data.tables import connect
 
 KLINE = ["open_time", *BAR_COLUMNS[:5], "close_time", *BAR_COLUMNS[5:], "ignore"]
 VENDORS = {
@@ -638,6 +645,104 @@ def test_ten_million_rows_in_any_order_stay_below_one_gibibyte(tmp_path):
     assert child.returncode == 0, child.stderr
     rows, bars, peak = map(int, child.stdout.split())
     assert rows == bars == 10_000_000 and peak < 1024, child.stdout
+
+
+# Silent wrong data
+
+
+@pytest.mark.parametrize("longer", ["4h", "1d"])
+def test_a_folder_of_two_timeframes_is_refused(tmp_path, bars, longer):
+    """The longer bar opens where its first hour does and reaches further: it looks like that hour, grown."""
+    write(bars, tmp_path / "a.csv")
+    write(
+        resample_bars(sample_bars(timeframe="1h", start="2024-12-30", end="2025-01-09"), timeframe="1h", to=longer),
+        tmp_path / "b.csv",
+    )
+    engine = connect(f"sqlite:///{tmp_path / 'kallos.db'}")
+    with pytest.raises(DataError, match=r"b.csv: most bars are .* apart, not 1h"):
+        ingest_files(engine, [tmp_path], asset_id="BTC", timeframe="1h")
+    (tmp_path / "b.csv").rename(tmp_path / f"BTCUSDT-{longer}-2025-01-02.csv")
+    with pytest.raises(DataError, match=f"by its name, BTCUSDT-{longer}-2025-01-02.csv holds bars of {longer}"):
+        ingest_files(engine, [tmp_path], asset_id="BTC", timeframe="1h")
+    assert list_assets(engine).empty
+
+
+@pytest.mark.parametrize("blank", [" ", "x"])
+def test_a_blank_or_a_broken_cell_does_not_cost_the_others_their_last_bit(tmp_path, bars, blank):
+    lines = bars.iloc[:, :6].to_csv(index=False).splitlines()
+    if blank == "x":
+        lines.insert(30, "x,x,x,x,x,x")
+    text = "\n".join(lines).replace(",", ", ") if blank == " " else "\n".join(lines)
+    (tmp_path / "a.csv").write_text(text)
+    assert_same(read_bars_file(tmp_path / "a.csv", timeframe="1h"), bars.iloc[:, :6])
+
+
+def test_decimals_of_parquet_are_read_to_the_bit(tmp_path, bars):
+    exact = {name: [Decimal(repr(value)) for value in bars[name]] for name in BAR_COLUMNS[:5]}
+    columns = {name: pa.array(values, pa.decimal128(38, 18)) for name, values in exact.items()}
+    rounded = pd.DataFrame({name: [float(value) for value in column.to_pylist()] for name, column in columns.items()})
+    parquet.write_table(pa.table({"date": pa.array(bars["ts"]), **columns}), tmp_path / "a.parquet")
+    read = read_bars_file(tmp_path / "a.parquet", timeframe="1h")
+    pd.testing.assert_frame_equal(read[BAR_COLUMNS[:5]], rounded, check_exact=True)
+
+
+@pytest.mark.parametrize("name", ["volume_24h", "volume_sma", "volume_ma20", "Volume ETH", "Volume USDT"])
+def test_what_is_no_volume_in_the_base_asset_is_not_taken_for_it(tmp_path, bars, name):
+    write(bars.iloc[:, :6].rename(columns={"volume": name}), tmp_path / "BTCUSDT.csv")
+    with pytest.raises(DataError, match="--map volume="):
+        read_bars_file(tmp_path / "BTCUSDT.csv", timeframe="1h")
+
+
+def test_a_quote_volume_by_the_name_of_volume_is_refused(tmp_path, bars):
+    huobi = bars.iloc[:, :7].rename(columns={"volume": "amount", "quote_asset_volume": "vol"})
+    path = write(huobi, tmp_path / "a.csv")
+    with pytest.raises(DataError, match="--map volume=amount"):
+        read_bars_file(path, timeframe="1h")
+    read = read_bars_file(path, timeframe="1h", mapping={"volume": "amount", "quote_asset_volume": "vol"})
+    assert_same(read, bars.iloc[:, :7])
+
+
+def test_a_seventh_column_that_is_no_count_is_the_quote_volume(tmp_path, bars):
+    columns = ["open_time", *BAR_COLUMNS[:6]]
+    as_kline(bars)[columns].to_csv(tmp_path / "bybit.csv", index=False, header=False)
+    assert_same(read_bars_file(tmp_path / "bybit.csv", timeframe="1h"), bars.iloc[:, :7])
+
+
+@pytest.mark.parametrize("order", [[0, 3, 1, 2], [2, 1, 0, 3]])  # of KuCoin and Bitfinex, and of Coinbase
+def test_columns_in_another_order_are_refused(tmp_path, bars, order):
+    columns = ["open_time", *(BAR_COLUMNS[place] for place in order), "volume"]
+    as_kline(bars)[columns].to_csv(tmp_path / "a.csv", index=False, header=False)
+    with pytest.raises(DataError, match="rows are faulty, most by the rule high_low"):
+        read_bars_file(tmp_path / "a.csv", timeframe="1h")
+
+
+@pytest.mark.parametrize("name", ["b.zip", "b.csv.gz", "b.parquet", "b.xlsx"])
+def test_an_archive_with_tables_that_are_not_read_is_refused(tmp_path, bars, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.csv", bars.to_csv(index=False))
+        archive.writestr(name, b"more bars")
+    with pytest.raises(DataError, match=f"a table that is not read from within an archive; got '{name}'"):
+        read_raw(tmp_path / "a.zip")
+
+
+def test_rows_without_a_symbol_are_not_left_out_in_silence(tmp_path, bars):
+    table = bars.iloc[:, :6].assign(symbol=["BTCUSDT"] * 40 + [None] * (len(bars) - 40))
+    write(table, tmp_path / "a.csv")
+    engine = connect(f"sqlite:///{tmp_path / 'kallos.db'}")
+    with pytest.raises(DataError, match="56 rows name no symbol"):
+        ingest_files(engine, [tmp_path], timeframe="1h", allow_batch_symbols=True)
+    assert list_assets(engine).empty
+
+
+def test_a_full_temporary_folder_and_a_broken_pattern_are_told_in_one_line(tmp_path, bars, monkeypatch):
+    with pytest.raises(DataError, match="cannot look for files"):
+        find_files([tmp_path / "**x"])
+    monkeypatch.setattr(files, "_deal", Mock(side_effect=OSError(28, "No space left on device")))
+    with (
+        pytest.raises(DataError, match="the temporary folder cannot be used"),
+        stream_raw([write(bars, tmp_path / "a.csv")], timeframe="1h", chunk_rows=10),
+    ):
+        pass
 
 
 # From file to features

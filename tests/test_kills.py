@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 
 from kallos.core.runs import fingerprint
+from kallos.data.assets import list_assets
 from kallos.data.records import read_quarantine, read_repairs
 from kallos.data.sample import sample_bars
-from kallos.data.store import connect, list_assets, read_bars, stale_from
+from kallos.data.store import read_bars, stale_from
+from kallos.data.tables import connect
 
 BTC = {"asset_id": "BTC", "timeframe": "5m"}
 WORDS = ("--asset-id", "BTC", "--timeframe", "5m")

@@ -137,6 +137,39 @@ def test_every_planted_feature_is_named_with_its_column_and_a_row_that_looks_ahe
     assert {finding.column for finding in found["warm-up"]} <= {leak}
 
 
+def at_night(leak: Callable) -> Callable:
+    """A feature that is honest but at four on Mondays, a row in forty-two."""
+
+    def compute(columns):
+        hours = columns["ts"].astype("datetime64[h]").astype("int64")
+        return np.where(hours % 168 == 100, leak(columns), np.log(columns["volume"] + 1))
+
+    return compute
+
+
+RARE = {
+    "next_volume": lambda c: np.log(np.append(c["volume"][1:], c["volume"][-1]) + 1),
+    "next_return": lambda c: np.append(np.diff(np.log(c["close"])), 0.0),
+    "in_ten_bars": lambda c: np.append(c["close"][10:], np.ones(min(10, len(c["close"])))),
+    "smoothed": lambda c: pd.Series(c["close"]).rolling(3, center=True, min_periods=1).mean().to_numpy(),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_leak_of_one_row_a_week_is_found_there(bars, seed):
+    for name, rare in RARE.items():
+        columns = ("ts", "close", "volume")
+        register(Feature(name, "unbounded_features", at_night(rare), columns, 2, "a leak that sleeps"))
+    try:
+        cut, changed, _ = probe_features(bars, timeframe="4h", names=["rsi", *RARE], seed=seed)
+    finally:
+        for name in RARE:
+            unregister(name)
+    for probe in (cut, changed):
+        assert {finding.column for finding in probe.findings} == {*RARE}, probe.name
+        assert all(f.ts.dayofweek == 0 and f.ts.hour == 4 for f in probe.findings)
+
+
 def test_a_fill_that_needs_a_halt_is_found_at_the_halt(bars):
     compute = partial(compute_features, timeframe="4h", names=["filled_backward"])
     register(Feature("filled_backward", "unbounded_features", filled_backward, ("volume",), 0, "a planted leak"))
@@ -164,7 +197,7 @@ def test_a_warm_up_that_is_too_short_is_found_and_one_that_is_long_enough_is_not
 def test_a_feature_that_breaks_is_named_as_such(bars):
     register(Feature("broken", "unbounded_features", lambda c: c["close"] / c["close"][500], ("close",), 0, "breaks"))
     try:
-        with pytest.raises(DataError, match=r"a feature breaks on \d+ bars \(IndexError"):
+        with pytest.raises(ConfigError, match=r"feature 'broken' breaks on \d+ bars; got 'IndexError"):
             audit(bars, asset_id="X", timeframe="4h", names=["broken"], probes=["truncation"])
     finally:
         unregister("broken")
@@ -282,6 +315,55 @@ def test_a_folder_is_tried_as_it_lies_there(bars, tmp_path: Path):
     found = audit(bars, probes=tables, **how).findings
     assert found[["probe", "column"]].to_numpy().tolist() == [["lag cliff", "log_return_1"]]
     assert found["ts"][0] in pd.concat(ahead.tables.values())["ts"].array
+
+
+def smoothed_over_the_next_bar(tables: dict[str, pd.DataFrame]) -> str:
+    for table in tables.values():
+        table["rsi"] = table["rsi"].rolling(3, center=True, min_periods=1).mean()
+    return "rsi"
+
+
+def standardised_over_all(tables: dict[str, pd.DataFrame]) -> str:
+    whole = pd.concat(tables.values())["atr_relative"]
+    for table in tables.values():
+        table["atr_relative"] = (table["atr_relative"] - whole.mean()) / whole.std()
+    return "atr_relative"
+
+
+def target_in_every_hundredth_row(tables: dict[str, pd.DataFrame]) -> str:
+    for table in tables.values():
+        table["log_return_1"] = table["log_return_1"].where(table.index % 100 != 50, table["return_h1"])
+    return "log_return_1"
+
+
+def turned_labels(tables: dict[str, pd.DataFrame]) -> str:
+    tables["train"].loc[7, "label_h5"] -= 1
+    return "label_h5"
+
+
+PLANTED = [smoothed_over_the_next_bar, standardised_over_all, target_in_every_hundredth_row, turned_labels]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_tables_must_come_from_the_bars(bars, tmp_path: Path, plant):
+    """Each plants a leak into the files and fits the scaler to it, so that nothing else gives it away."""
+    span = {"start": "2023-02-01T00:00", "end": "2024-11-01T00:00"}
+    values = {"asset_id": "X", "timeframe": "4h", "horizons": (1, 5), "feature_groups": GROUPS, **span}
+    settings = DataSettings(**values, output_path=tmp_path / "tables")
+    within = bars[bars["ts"].between(settings.start, settings.end - pd.Timedelta("4h"))].reset_index(drop=True)
+    how = {"asset_id": "X", "timeframe": "4h", "names": ["rsi"], "folder": tmp_path / "tables", "horizons": (1, 5)}
+    made = partition_bars(within, settings=settings)
+    write_tables(made)
+    assert audit(bars, probes=["tables", "scaler"], **how).passed  # the bars may go on before and after
+    column = plant(made.tables)
+    made.transformer.fit(made.tables["train"])
+    for part, table in made.tables.items():
+        names = [*made.transformer.get_feature_names_out()]
+        made.scaled[part][names] = made.transformer.transform(table)[names]
+    write_tables(made)
+    found = audit(bars, probes=["tables", "scaler"], **how).findings
+    assert found[["probe", "column"]].to_numpy().tolist() == [["tables", column]]
+    assert found["ts"][0] in pd.concat(made.tables.values())["ts"].array
 
 
 # Luck

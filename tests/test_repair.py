@@ -254,7 +254,7 @@ def test_two_venues_in_one_series() -> None:
 
 @pytest.mark.parametrize("claimed", ["15m", "4h", "1d"])
 def test_a_wrong_timeframe_is_refused(claimed: str, market: pd.DataFrame) -> None:
-    with pytest.raises(DataError, match="most bars are 0 days 01:00:00 apart, not " + claimed):
+    with pytest.raises(DataError, match="most bars are 1h apart, not " + claimed):
         repair_bars(market, timeframe=claimed, what="planted.csv")
 
 
@@ -288,6 +288,28 @@ def test_chunks_come_in_order(market: pd.DataFrame) -> None:
     repair.add(market[:50], last=False)
     with pytest.raises(DataError, match="a chunk begins before the one before it ended"):
         repair.add(market[49:])
+
+
+@pytest.mark.parametrize("cut", [96, 97, 98, 101, 103])
+def test_what_was_said_of_a_waiting_bar_waits_with_it(market: pd.DataFrame, cut: int) -> None:
+    """A chunk's entries take the place of those on its bars: one that came a chunk earlier would be lost."""
+    young = market[97:98].assign(volume=1.0, quote_asset_volume=1.0)
+    young = young.assign(number_of_trades=1.0, taker_buy_base_asset_volume=0.5, taker_buy_quote_asset_volume=0.5)
+    repair = Repair(timeframe="1h", what="planted.csv")
+    ordered = pd.concat([market, young]).sort_values("ts", kind="stable")
+    early = ordered["ts"] < market["ts"][cut]
+    parts = [repair.add(ordered[early], last=False), repair.add(ordered[~early])]
+    home = [part for part in parts if part.bars["ts"].isin(young["ts"]).any()]
+    assert len(home) == 1 and home[0].quarantine["rule"].tolist() == ["partial_version"]
+    assert sum(len(part.quarantine) for part in parts) == 1
+
+
+def test_a_file_that_is_mostly_faulty_is_refused(market: pd.DataFrame) -> None:
+    many, few = market.copy(), market.copy()
+    many.loc[:200, "close"], few.loc[:150, "close"] = -1.0, -1.0
+    with pytest.raises(DataError, match="201 of 360 rows are faulty, most by the rule non_positive_price"):
+        repaired(many)
+    assert repaired(few)[1].counts["non_positive_price"] == 151
 
 
 def test_a_gap_of_years_is_not_filled(market: pd.DataFrame) -> None:

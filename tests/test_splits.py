@@ -389,3 +389,47 @@ def test_a_table_with_its_times_in_a_column():
 def test_splitters_load_neither_scikit_learn_nor_plotly():
     code = "import sys, kallos.data.purged; print({'sklearn', 'plotly', 'torch', 'darts'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+# Time is not rows
+
+
+def test_nothing_known_after_a_date_trains_up_to_it_though_a_gap_follows():
+    """Sixteen hours, a gap of three days; the labels of five hours before the gap end in it, or just before it."""
+    ts = HOURS[:20].append(HOURS[:40] + pd.Timedelta("4D"))
+    t1 = pd.Series(ts + pd.Timedelta("5h"), index=ts)
+    for end in (10, 14, 17, 19):
+        split = ChronologicalSplit(ts[end], 0.3, t1=t1)
+        train = split.rows(ts)["train"]
+        assert t1.iloc[train].max() == ts[end] and len(train) == end - 4
+        embargoed = ChronologicalSplit(ts[end], 0.3, t1=t1, embargo="2h").rows(ts)["train"]
+        assert t1.iloc[embargoed].max() == ts[end] - pd.Timedelta("2h")
+        assert len(ChronologicalSplit(ts[end], 0.3, t1=t1, embargo=2).rows(ts)["train"]) < len(train)
+    by_share = ChronologicalSplit(20 / 60, 0.3, t1=t1).rows(ts)["train"]
+    assert len(by_share) == 20  # a share asks for no moment: all that ends before the next row may train
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        (WalkForwardSplit(folds=2, val_length=12, train_length=12, horizon=2), "several rows of one time"),
+        (PurgedKFold(3, t1=pd.Series(HOURS.repeat(3), index=HOURS.repeat(3)), lookback=6), "several rows of one time"),
+    ],
+)
+def test_rows_of_several_assets_are_not_counted_as_time(split, said):
+    with pytest.raises(DataError, match=said):
+        list(split.split(pd.DataFrame(index=HOURS.repeat(3))))
+
+
+def test_several_assets_are_split_by_label_ends():
+    """Three rows an hour; without a window, moments alone decide, also where a fold's edge parts rows of one hour."""
+    ts = HOURS[:20].repeat(3)
+    t1 = pd.Series(ts + pd.Timedelta("2h"), index=ts)
+    for train, test in PurgedKFold(7, t1=t1).split(ts):
+        first, last = ts[test[0]], t1.iloc[test].max()
+        assert all(t1.iloc[row] < first or ts[row] > last for row in train)
+
+
+def test_a_walk_forward_refuses_rows_that_come_newest_first():
+    with pytest.raises(DataError, match="not by rising time"):
+        list(WalkForwardSplit(folds=2, val_length=5, train_length=8).split(pd.DataFrame(index=HOURS[::-1])))

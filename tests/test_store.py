@@ -14,23 +14,25 @@ import sqlalchemy as sa
 
 from kallos.core.errors import ConfigError, DataError
 from kallos.data import bulk, merging, tables
+from kallos.data.assets import list_assets
+from kallos.data.database import to_url
 from kallos.data.ledger import CHANGE_COLUMNS, QUARANTINE_COLUMNS, Repaired
+from kallos.data.merging import WriteReport
 from kallos.data.records import last_funding, read_funding, read_quarantine, read_repairs, write_funding
+from kallos.data.repair import repair_bars
 from kallos.data.sample import sample_bars
 from kallos.data.store import (
-    WriteReport,
     bar_batch,
-    connect,
+    bar_changes,
     last_bar,
-    list_assets,
     read_bars,
     read_features,
     stale_from,
     stored_features,
-    to_url,
     write_bars,
     write_features,
 )
+from kallos.data.tables import connect
 
 BTC = {"asset_id": "BTC", "timeframe": "4h"}
 
@@ -110,10 +112,60 @@ def test_corrected_bars_are_updated(engine, bars, monkeypatch):
     same(read_bars(engine, **BTC), mended)
 
 
-def test_fewer_columns_keep_the_others(engine, bars):
+def test_fewer_columns_keep_the_others_of_the_same_bar(engine, bars):
     write_bars(engine, bars, **BTC)
-    assert write_bars(engine, bars.iloc[:, :6].assign(volume=1.0), **BTC) == WriteReport(updated=len(bars))
-    same(read_bars(engine, **BTC), bars.assign(volume=1.0))
+    assert write_bars(engine, bars.iloc[:, :6], **BTC) == WriteReport(unchanged=len(bars))
+    assert write_bars(engine, bars.assign(number_of_trades=np.nan), **BTC) == WriteReport(unchanged=len(bars))
+    rounded = bars.iloc[:, :6].assign(volume=bars["volume"].round(2))
+    assert write_bars(engine, rounded, **BTC) == WriteReport(kept=len(bars))
+    same(read_bars(engine, **BTC), bars)
+
+
+def test_another_bar_does_not_keep_the_amounts_of_the_one_before(engine, bars):
+    write_bars(engine, bars, **BTC)
+    other = bars.iloc[:, :6].assign(volume=2 * bars["volume"])
+    assert write_bars(engine, other[5:9], **BTC) == WriteReport(updated=4)
+    stored = read_bars(engine, **BTC)
+    assert stored["quote_asset_volume"].isna().tolist() == [5 <= index < 9 for index in range(len(bars))]
+    same(stored.loc[5:8, other.columns], other[5:9])
+
+
+@pytest.mark.parametrize("cut", [1, 7, 200])
+def test_an_old_download_does_not_undo_a_newer_one(engine, bars, cut):
+    half = bars[:cut].copy()
+    half.loc[cut - 1, ["high", "low", "close"]] = half.loc[cut - 1, "open"]
+    half.loc[cut - 1, "volume"] *= 0.1
+    half.loc[cut - 1, list(bars)[6:]] *= 0.1
+    write_bars(engine, bars, **BTC)
+    features_before = bar_changes(engine, **BTC)
+    assert write_bars(engine, half, **BTC) == WriteReport(unchanged=cut - 1, kept=1)
+    same(read_bars(engine, **BTC), bars)
+    assert bar_changes(engine, **BTC) == features_before
+    assert write_bars(engine, half, **BTC, replace=True) == WriteReport(inserted=cut)
+    assert write_bars(engine, bars, **BTC) == WriteReport(len(bars) - cut, 1, cut - 1)
+    same(read_bars(engine, **BTC), bars)
+
+
+def test_filled_bars_never_replace_printed_ones(engine, bars):
+    holes = repair_bars(bars.drop(index=range(20, 30)), timeframe="4h", what="a.csv", fill_gaps=True)[0]
+    with bar_batch(engine, **BTC) as batch:
+        batch.add(holes)
+    assert batch.report == WriteReport(inserted=len(bars)) and len(read_repairs(engine, **BTC)) == 10
+    with bar_batch(engine, **BTC) as batch:
+        batch.add(repair_bars(bars, timeframe="4h", what="b.csv")[0])
+    assert batch.report == WriteReport(updated=10, unchanged=len(bars) - 10) and read_repairs(engine, **BTC).empty
+    with bar_batch(engine, **BTC) as batch:
+        batch.add(holes)
+    assert batch.report == WriteReport(unchanged=len(bars) - 10, kept=10) and read_repairs(engine, **BTC).empty
+    same(read_bars(engine, **BTC).drop(columns="is_filled"), bars)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../../evil", "a/b", "a b", "BTC,ETH", "-x", "x" * 65, "NUL\0", "\udcff", "'; --"]
+)
+def test_an_asset_has_a_plain_name(engine, bars, name):
+    with pytest.raises(ConfigError, match="this cannot be the name of an asset"):
+        write_bars(engine, bars, asset_id=name, timeframe="4h")
 
 
 def test_features_are_replaced_as_a_whole(engine, bars):
@@ -156,11 +208,27 @@ def test_another_instrument_is_refused(engine, bars, other):
 def test_what_nobody_told_is_in_no_conflict_and_is_filled_in(engine, bars):
     write_bars(engine, bars[:9], **BTC)
     assert list_assets(engine)[["venue", "market", "quote"]].to_numpy().tolist() == [["unknown", "spot", None]]
-    for told in ({"venue": "unknown"}, {"market": "perpetual"}, {"venue": "binance", "quote": "USDT"}, {}):
+    for told in ({"venue": "unknown"}, {"market": "spot"}, {"venue": "binance", "quote": "USDT"}, {}):
         write_bars(engine, bars[:9], **BTC, **told)
-    assert list_assets(engine)[["venue", "market", "quote"]].to_numpy().tolist() == [["binance", "perpetual", "USDT"]]
+    assert list_assets(engine)[["venue", "market", "quote"]].to_numpy().tolist() == [["binance", "spot", "USDT"]]
     with pytest.raises(DataError, match="another instrument"):
-        write_bars(engine, bars, **BTC, market="spot")
+        write_bars(engine, bars, **BTC, market="perpetual")
+
+
+def test_bars_of_another_market_under_a_known_name_are_refused_by_their_prices(engine, bars):
+    write_bars(engine, bars, **BTC)
+    prices = ["open", "high", "low", "close"]
+    far, near = (bars[100:].assign(**{name: bars[name] * times for name in prices}) for times in (0.05, 1.05))
+    with pytest.raises(
+        DataError, match=r"446 of 446 bars that are stored already have another close, by more than 10 %"
+    ):
+        write_bars(engine, far, **BTC)
+    same(read_bars(engine, **BTC), bars)
+    assert write_bars(engine, near, **BTC).updated == len(near)
+    some = bars.assign(close=bars["close"].where(bars.index % 50 != 0, bars["low"] * 0.7))
+    assert write_bars(engine, some.assign(low=some[["low", "close"]].min(axis=1)), **BTC).updated
+    write_bars(engine, far, **BTC, replace=True)
+    same(read_bars(engine, **BTC), far.reset_index(drop=True))
 
 
 def test_replace_deletes_every_timeframe_and_its_features(engine, bars):
@@ -351,7 +419,8 @@ import os, signal, sys
 import pandas as pd
 from kallos.data import bulk
 from kallos.data.sample import sample_bars
-from kallos.data.store import bar_batch, connect
+from kallos.data.store import bar_batch
+from kallos.data.tables import connect
 
 bars, chunks, seen = sample_bars(timeframe="4h", start="2024-01-01", end="2024-03-31"), bulk._chunks, []
 

@@ -15,7 +15,8 @@ from kallos.core.config import TuneSettings, study_name
 from kallos.core.errors import ConfigError, KallosError, TrainingError
 from kallos.data.features import compute_features
 from kallos.data.sample import sample_bars
-from kallos.data.store import connect, write_bars, write_features
+from kallos.data.store import write_bars, write_features
+from kallos.data.tables import connect
 from kallos.models import studies
 from kallos.models.datasets import load_table
 from kallos.models.tuner import objective, run_tuning, study_layout, tune

@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy(
             "TIMEFRAMES",
             "bars_per_year",
             "check_table",
+            "length_name",
             "timeframe_delta",
         ),
         "config": (

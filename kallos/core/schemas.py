@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'PRICE_COLUMNS', 'OPTIONAL_BAR_COLUMNS', 'BAR_COLUMNS', 'BARS', 'FEATURES', 'LABELS', 'FORECAST_KEYS',
-           'FORECASTS', 'timeframe_delta', 'bars_per_year', 'check_table']
+           'FORECASTS', 'timeframe_delta', 'bars_per_year', 'length_name', 'check_table']
 
 # %% ../../nbs/core/01_schemas.ipynb #551e246c
 import pandas as pd
@@ -32,6 +32,13 @@ def bars_per_year(
 ) -> float:
     """The number of bars in 365 days."""
     return pd.Timedelta(days=365) / timeframe_delta(timeframe)
+
+
+def length_name(
+    length: pd.Timedelta,  # between two bars
+) -> str:
+    """The timeframe of that length, or else the length in words, for messages."""
+    return next((name for name, delta in TIMEFRAMES.items() if delta == length), str(length))
 
 # %% ../../nbs/core/01_schemas.ipynb #9c0de1a5
 PRICE_COLUMNS = ["open", "high", "low", "close"]

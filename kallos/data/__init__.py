@@ -32,19 +32,19 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "duplicates": (
             "copies",
+            "earlier_version",
+            "poorer_printing",
             "settle",
         ),
         "findings": (
             "EXAMPLES",
             "Findings",
             "RepairReport",
-        ),
-        "cells": (
-            "read_numbers",
-            "read_stamps",
+            "check_not_faulty",
         ),
         "watches": (
             "Echoes",
+            "FileSteps",
             "Order",
             "Steps",
             "VolumeScale",
@@ -56,14 +56,18 @@ __getattr__, __dir__, __all__ = lazy(
             "Repaired",
             "read_back",
         ),
+        "repair": (
+            "Repair",
+            "repair_bars",
+        ),
+        "cells": (
+            "read_numbers",
+            "read_stamps",
+        ),
         "streams": (
             "JsonRows",
             "broken_file",
             "open_bytes",
-        ),
-        "repair": (
-            "Repair",
-            "repair_bars",
         ),
         "sources": (
             "Recognised",
@@ -137,6 +141,7 @@ __getattr__, __dir__, __all__ = lazy(
             "symbols_of",
         ),
         "merging": (
+            "FAR",
             "WriteReport",
             "last_time",
             "merge_rows",
@@ -253,6 +258,7 @@ __getattr__, __dir__, __all__ = lazy(
             "row_count",
             "row_spans",
             "row_times",
+            "rows_in_time",
             "touches",
         ),
         "splits": (

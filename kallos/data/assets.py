@@ -5,30 +5,32 @@
 # %% auto #0
 __all__ = ['claim_asset', 'delete_asset', 'list_assets', 'nothing_found']
 
-# %% ../../nbs/data/11l_assets.ipynb #e6c8831f
+# %% ../../nbs/data/11l_assets.ipynb #1837ddd8
+import re
+
 import pandas as pd
 import sqlalchemy as sa
 
-from ..core.errors import DataError
+from ..core.errors import ConfigError, DataError
 from ..core.schemas import timeframe_delta
 from .database import reading
 from .tables import ASSETS, BARS, FEATURES, METADATA
 
-# %% ../../nbs/data/11l_assets.ipynb #bd79c531
 _UNKNOWN = (None, "unknown")
 
-
+# %% ../../nbs/data/11l_assets.ipynb #5270d611
 def claim_asset(
     connection: sa.Connection,  # from `kallos.data.database.writing`
     asset_id: str,  # the instrument's name in kallos
     *,
     venue: str | None = None,  # where it is traded, e.g. "binance"; None or "unknown": not told
-    market: str | None = None,  # "spot", "perpetual", ...; None or "unknown": not told
+    market: str | None = None,  # "spot", "perpetual", ...; None or "unknown": not told, which is spot at first
     quote: str | None = None,  # the asset that prices are in, e.g. "USDT"; None: not told
 ) -> None:
     """Nothing; the asset is in the database; DataError if it is there as another instrument."""
     came, mine = {"venue": venue, "market": market, "quote": quote}, ASSETS.c.asset_id == asset_id
-    stored = connection.execute(sa.select(ASSETS).where(mine)).mappings().one_or_none() or {}
+    found = asset_id.isprintable() and connection.execute(sa.select(ASSETS).where(mine)).mappings().one_or_none()
+    stored = found or {}
     kept = {field: stored.get(field) for field in came}
     told = {field: value for field, value in came.items() if value not in _UNKNOWN}
     if any(kept[field] not in (*_UNKNOWN, value) for field, value in told.items()):
@@ -36,11 +38,18 @@ def claim_asset(
         todo = f"The database has it as {kept}. Use another --asset-id, or --replace to delete what is stored first."
         raise DataError(problem, received=came, next_step=todo)
     if not stored:
+        _check_name(asset_id)
         connection.execute(ASSETS.insert().values(asset_id=asset_id, **told))
     elif told != {field: kept[field] for field in told}:
         connection.execute(ASSETS.update().where(mine).values(**told))
 
-# %% ../../nbs/data/11l_assets.ipynb #ed7ca100
+# %% ../../nbs/data/11l_assets.ipynb #aceb56cf
+def _check_name(asset_id: str) -> None:
+    if not re.fullmatch(r"[^\W_][\w.:+-]{0,63}", asset_id):
+        todo = "Use up to 64 letters, digits and . _ - : +, and begin with a letter or a digit, as in BTCUSDT_PERP."
+        raise ConfigError("this cannot be the name of an asset", received=asset_id, next_step=todo)
+
+# %% ../../nbs/data/11l_assets.ipynb #87581651
 def delete_asset(
     connection: sa.Connection,  # from `kallos.data.database.writing`
     asset_id: str,  # the instrument's name in kallos
@@ -49,7 +58,7 @@ def delete_asset(
     for table in reversed(METADATA.sorted_tables):
         connection.execute(table.delete().where(table.c.asset_id == asset_id))
 
-# %% ../../nbs/data/11l_assets.ipynb #a7046104
+# %% ../../nbs/data/11l_assets.ipynb #204add4a
 def _holdings(connection: sa.Connection, table: sa.Table) -> pd.DataFrame:
     spans = (
         sa.func.count().label("rows"),
@@ -60,7 +69,7 @@ def _holdings(connection: sa.Connection, table: sa.Table) -> pd.DataFrame:
     found = pd.DataFrame(rows.all(), columns=["asset_id", "timeframe", "rows", "first", "last"])
     return found.assign(**{name: pd.to_datetime(found[name], unit="ms", utc=True) for name in ("first", "last")})
 
-# %% ../../nbs/data/11l_assets.ipynb #05876aad
+# %% ../../nbs/data/11l_assets.ipynb #d61c6171
 def list_assets(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
 ) -> pd.DataFrame:
@@ -68,13 +77,13 @@ def list_assets(
     with reading(engine) as connection:
         assets = pd.DataFrame(connection.execute(sa.select(ASSETS)).all(), columns=ASSETS.c.keys())
         bars, features = _holdings(connection, BARS), _holdings(connection, FEATURES)
-    key, assets = ["asset_id", "timeframe"], assets.replace({"market": {"unknown": "spot"}})
+    key = ["asset_id", "timeframe"]
     features = features[[*key, "rows"]].rename(columns={"rows": "features"})
     table = assets.merge(bars.rename(columns={"rows": "bars"}), on="asset_id").merge(features, on=key, how="left")
     order = sorted(range(len(table)), key=lambda i: (table["asset_id"][i], timeframe_delta(table["timeframe"][i])))
     return table.fillna({"features": 0}).astype({"features": int}).iloc[order].reset_index(drop=True)
 
-# %% ../../nbs/data/11l_assets.ipynb #d5c473c8
+# %% ../../nbs/data/11l_assets.ipynb #aa8b27c3
 _COMMANDS = {"bars": "ingest FILE", "features": "features"}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, BARS, check_table, timeframe_delta
+from ..core.schemas import BAR_COLUMNS, BARS, check_table, length_name, timeframe_delta
 
 # %% ../../nbs/data/10_bars.ipynb #2a05c858
 def to_utc(
@@ -104,7 +104,9 @@ def _check_step(ts: pd.Series, timeframe: str, what: str) -> None:
     if len(steps) and claimed not in steps[counts == counts.max()]:
         common = pd.Timedelta(int(steps[counts.argmax()]), unit=ts.dt.unit)
         todo = "Pass the timeframe that the bars really have."
-        raise DataError(f"{what}: most bars are {common} apart, not {timeframe}", received=timeframe, next_step=todo)
+        raise DataError(
+            f"{what}: most bars are {length_name(common)} apart, not {timeframe}", received=timeframe, next_step=todo
+        )
 
 
 def _check_grid(ts: pd.Series, timeframe: str, what: str) -> None:

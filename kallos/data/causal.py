@@ -8,6 +8,7 @@ __all__ = ['run_spans', 'Market', 'market_of', 'Values', 'lay_over', 'latest_clo
 # %% ../../nbs/data/12g_causal.ipynb #5ea1a428
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +56,15 @@ def market_of(
     ts = closes.asi8.view("datetime64[us]")
     columns = {name: np.ascontiguousarray(bars[name], "float64") for name in BAR_COLUMNS if name in bars}
     held = [name for name, c in columns.items() if name not in OPTIONAL_BAR_COLUMNS or (printed & ~np.isnan(c)).any()]
+    shown = {"ts": ts} | {name: columns[name] for name in held}
     spans = run_spans(ts, timeframe=timeframe)
-    return Market({"ts": ts} | {name: columns[name] for name in held}, printed, timeframe, spans)
+    return Market({name: _read_only(values) for name, values in shown.items()}, printed, timeframe, spans)
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+    view = values.view()
+    view.flags.writeable = False
+    return view
 
 # %% ../../nbs/data/12g_causal.ipynb #4085e9b8
 class Values(NamedTuple):
@@ -74,18 +82,19 @@ def lay_over(
     warmup: int,  # values at the start of a run that are not to be used
     gap_safe: bool = False,  # whether the formula may cross gaps
     since: np.datetime64 | None = None,  # only later closes are wanted
+    what: str = "a feature",  # names the formula in an error
 ) -> Values:
-    """The formula's values and where they are known; ConfigError if it does not give one value a bar."""
+    """The formula's values and where they are known; ConfigError if it breaks, or does not give one value a bar."""
     columns = {name: market.columns[name] for name in inputs}
     holes = [np.isnan(columns[name]) for name in inputs if name in OPTIONAL_BAR_COLUMNS]
-    hole = np.logical_or.reduce(holes) if np.any(holes) else None
+    hole, checked = np.logical_or.reduce(holes) if np.any(holes) else None, partial(_given, formula, what)
     if gap_safe:
-        return _across_gaps(columns, formula, warmup, len(market.printed), hole)
+        return _across_gaps(columns, checked, warmup, len(market.printed), hole)
     ts, timeframe = market.columns["ts"], market.timeframe
     spans = market.spans if hole is None else run_spans(ts, timeframe=timeframe, hole=hole)
     begin = 0 if since is None else np.searchsorted(ts, since, side="right")
     wanted = [(first, stop) for first, stop in spans if stop - first > warmup and stop > begin]
-    return _run_by_run(columns, formula, warmup, len(market.printed), wanted)
+    return _run_by_run(columns, checked, warmup, len(market.printed), wanted)
 
 # %% ../../nbs/data/12g_causal.ipynb #28ec1b4f
 def _run_by_run(columns: Columns, formula: Callable, warmup: int, n: int, spans: list) -> Values:
@@ -93,10 +102,10 @@ def _run_by_run(columns: Columns, formula: Callable, warmup: int, n: int, spans:
     for first, stop in spans:
         known[first + warmup : stop] = True
     if spans == [(0, n)]:
-        return Values(_given(formula, columns, n), known)
+        return Values(formula(columns, n), known)
     values = np.full(n, np.nan)
     for first, stop in spans:
-        values[first:stop] = _given(formula, {name: c[first:stop] for name, c in columns.items()}, stop - first)
+        values[first:stop] = formula({name: c[first:stop] for name, c in columns.items()}, stop - first)
     return Values(values, known)
 
 
@@ -109,15 +118,19 @@ def _across_gaps(columns: Columns, formula: Callable, warmup: int, n: int, hole:
     values[usable], known[usable] = inner
     return Values(values, known)
 
-# %% ../../nbs/data/12g_causal.ipynb #41cfe7d6
-def _given(formula: Callable, columns: Columns, n: int) -> np.ndarray:
-    values = np.asarray(formula(columns), "float64")
+# %% ../../nbs/data/12g_causal.ipynb #6ca20aa6
+def _given(formula: Callable, what: str, columns: Columns, n: int) -> np.ndarray:
+    todo = "Return an array of numbers, as long as the columns that it gets; these are read-only."
+    try:
+        values = np.asarray(formula(columns), "float64")
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{what} breaks on {n} bars", said, todo) from error
     if values.shape != (n,):
-        problem = f"a feature must give one value a bar, {n} here"
-        raise ConfigError(problem, f"shape {values.shape}", "Return an array as long as the columns that it gets.")
+        raise ConfigError(f"{what} must give one value a bar, {n} here", f"shape {values.shape}", todo)
     return values.copy() if any(np.may_share_memory(values, column) for column in columns.values()) else values
 
-# %% ../../nbs/data/12g_causal.ipynb #37cd13e6
+# %% ../../nbs/data/12g_causal.ipynb #76de9c65
 _MONDAY = np.datetime64("1970-01-05", "us")
 
 

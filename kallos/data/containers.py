@@ -53,6 +53,13 @@ _KLINE = ["open_time", *BAR_COLUMNS[:5], "close_time", *OPTIONAL_BAR_COLUMNS, "i
 _HEADLESS = {6: _KLINE[:6], 7: [*_KLINE[:6], "trades"], 11: _KLINE[:11], 12: _KLINE}
 
 
+def _headless(lines: list[list[str]]) -> list[str]:
+    """The names of the columns of rows without a header: a seventh one that is no count is the quote volume."""
+    names, last = _HEADLESS[len(lines[0])], [cells[-1] for cells in lines if len(cells) == len(lines[0])]
+    counted = len(names) != 7 or all(re.fullmatch(r"\d+(\.0*)?", cell.strip()) for cell in last)
+    return names if counted else [*names[:6], "quote_volume"]
+
+
 def _header(lines: list[list[str]], known: set[str]) -> tuple[list[str], int, bool]:
     """The names of the columns, the number of lines before the rows, and whether the names stand in the file."""
     for place, cells in enumerate(lines[:10]):
@@ -62,7 +69,8 @@ def _header(lines: list[list[str]], known: set[str]) -> tuple[list[str], int, bo
         if len(cells) in _HEADLESS and all(re.fullmatch(r"[\d.eE+-]+", name) for name in names[1:6]):
             above = lines[place - 1] if place else []
             foreign = len(above) == len(cells)  # names that nobody knows
-            return ([name.strip() for name in above], place, True) if foreign else (_HEADLESS[len(cells)], place, False)
+            names = [name.strip() for name in above] if foreign else _headless(lines[place:])
+            return names, place, foreign
     return [cell.strip() for cell in lines[0]] if lines else [], 1, True
 
 # %% ../../nbs/data/11c_containers.ipynb #07d0e050
@@ -117,7 +125,7 @@ def _csv_batches(source: Callable, layout: _Layout, columns: list[str], text: se
             try:
                 table = _rows_of(layout, block, columns, text)
             except pa.ArrowInvalid as error:
-                said = re.sub(r"Row #(\d+)", lambda found: f"Row #{int(found[1]) + lines}", str(error))
+                said = re.sub(r"Row #(\d+)", lambda found, before=lines: f"Row #{int(found[1]) + before}", str(error))
                 raise pa.ArrowInvalid(said) from None
             yield from ((batch, position()) for batch in table.to_batches())
 
@@ -213,6 +221,7 @@ def _feather_part(path: Path) -> Part:
 _TEXTS = (".csv", ".csv.gz", ".json", ".json.gz")
 _READERS = {".parquet": _parquet_part, ".feather": _feather_part}
 ENDINGS = (*_TEXTS, *_READERS, ".zip")
+_OTHER_TABLES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tsv", ".xls", ".xlsx", *_READERS)
 
 
 def open_parts(
@@ -237,6 +246,10 @@ def _members(path: Path) -> list[str]:
         infos = [
             info for info in infos if not Path(info.filename).name.startswith(".") and "__MACOSX" not in info.filename
         ]
+    left = [name for name in archive.namelist() if name.lower().endswith(_OTHER_TABLES) and "__MACOSX" not in name]
+    if left:
+        todo = "Unpack the archive and name what is in it."
+        raise DataError(f"{path.name} holds a table that is not read from within an archive", left[0], todo)
     for info in infos:
         if info.file_size > max(1 << 30, 200 * info.compress_size):
             todo = "Bars do not compress like that: look inside before you unpack it."

@@ -257,6 +257,7 @@ def _longer_markets(bars: pd.DataFrame, timeframe: str, wanted: set[str]) -> dic
 
 def _values(feature: Feature, market: Market, longer: Market | None, since: np.datetime64 | None) -> Values:
     how = {"inputs": feature.inputs, "warmup": feature.warmup, "gap_safe": feature.gap_safe}
+    how["what"] = f"feature {feature.name!r}"
     if longer is None:
         return lay_over(market, feature.compute, since=since, **how)
     values, known = lay_over(longer, feature.compute, **how)

@@ -57,7 +57,8 @@ class Fetched:
 
     def text(self) -> str:
         """One line for a terminal."""
-        counts = f"{self.written.inserted} new, {self.written.updated} changed, {self.written.unchanged} known"
+        done = self.written
+        counts = f"{done.inserted} new, {done.updated} changed, {done.unchanged + done.kept} known"
         return f"{self.symbol} {self.series} -> {self.asset_id}: {counts}, up to {self.reached:%Y-%m-%d %H:%M}"
 
 # %% ../../nbs/data/12e_fetch.ipynb #6789a4e8
@@ -276,7 +277,7 @@ def _one_at_a_time(progress: Callable[[Fetched], None] | None) -> Callable[[Fetc
 
 # %% ../../nbs/data/12e_fetch.ipynb #569f3e28
 def fetch_bars(
-    engine: sa.Engine,  # from `kallos.data.store.connect`
+    engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,
     exchange: "str | ccxt.Exchange",  # ccxt's name, e.g. "binance", or a client from `open_exchange`
     symbols: list[str],  # ccxt's names, e.g. "BTC/USDT", or "BTC/USDT:USDT" for the perpetual

@@ -36,7 +36,10 @@ def find_files(
             found[path] = None
             continue
         inside = path.rglob("*") if path.is_dir() else Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        files = sorted(file for file in inside if file.name.lower().endswith(ENDINGS) and _is_open(file, path))
+        try:
+            files = sorted(file for file in inside if file.name.lower().endswith(ENDINGS) and _is_open(file, path))
+        except (ValueError, OSError) as error:
+            raise DataError(f"cannot look for files ({error})", str(path), "Check the pattern.") from None
         if not files:
             todo = f"Put a file that ends in {', '.join(ENDINGS)} there, or name one."
             raise DataError("no files of bars", received=str(path), next_step=todo)
@@ -219,9 +222,13 @@ def _chunks(
         yield first
         return
     first += [] if more is None else [more]
-    with tempfile.TemporaryDirectory(prefix="kallos-") as folder:
-        dealt = {"folder": Path(folder, "buckets"), "width": width, "schema": _schema(tables)}
-        yield from _in_time(chain(_drained(first), batches), chunk_rows=chunk_rows, **dealt)
+    try:
+        with tempfile.TemporaryDirectory(prefix="kallos-") as folder:
+            dealt = {"folder": Path(folder, "buckets"), "width": width, "schema": _schema(tables)}
+            yield from _in_time(chain(_drained(first), batches), chunk_rows=chunk_rows, **dealt)
+    except OSError as error:
+        todo = "The rows are sorted there: make space, or name another folder by the variable TMPDIR."
+        raise DataError(f"the temporary folder cannot be used ({error})", None, todo) from None
 
 
 def _drained(items: list) -> Iterator:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Ingested', 'load_repair_report', 'ingest_files']
 
-# %% ../../nbs/data/12d_ingest.ipynb #5180cadf
+# %% ../../nbs/data/12d_ingest.ipynb #6ada70c6
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 
 from ..core.errors import ConfigError, DataError
 from ..core.runs import read_json, write_json
+from ..core.schemas import TIMEFRAMES
 from .files import Progress, find_files, stream_raw, symbols_of
 from .findings import RepairReport
 from .merging import WriteReport
@@ -36,10 +38,13 @@ class Ingested:
         """Writes the report as `{asset_id}_{timeframe}.json` into the folder, and returns its path."""
         path = Path(folder) / f"{self.asset_id}_{self.repair.timeframe}.json"
         files, done = [asdict(one) for one in self.recognised], self.written
-        counts = {"inserted": done.inserted, "updated": done.updated, "unchanged": done.unchanged}
-        write_json(
-            path, {"asset_id": self.asset_id, "files": files, "written": counts, "repair": self.repair.to_dict()}
-        )
+        counts = {name: getattr(done, name) for name in ("inserted", "updated", "unchanged", "kept")}
+        report = {"asset_id": self.asset_id, "files": files, "written": counts, "repair": self.repair.to_dict()}
+        try:
+            write_json(path, report)
+        except OSError as error:
+            problem = f"the bars are stored, but the report on them cannot be written ({error.strerror})"
+            raise DataError(problem, str(path), "Make it possible, and ingest the files again.") from None
         return path
 
 # %% ../../nbs/data/12d_ingest.ipynb #f11ecd4d
@@ -73,6 +78,7 @@ class _Job:
         return stream_raw(self.files, timeframe=self.how["timeframe"], mapping=self.mapping, progress=progress)
 
     def stored(self, asset_id: str, seen: list[Recognised], chunks: Iterable[pd.DataFrame], *, what: str) -> Ingested:
+        _check_timeframes(seen, self.how["timeframe"])
         repair = Repair(what=what, **self.how)
         with bar_batch(self.engine, asset_id=asset_id, **self.told) as batch:
             for repaired in _repaired(chunks, repair):
@@ -82,7 +88,18 @@ class _Job:
                 raise DataError(f"no bar of {what} can be used", repair.report.text(), todo)
         return Ingested(asset_id, seen, repair.report, batch.report)
 
-# %% ../../nbs/data/12d_ingest.ipynb #bc65a7ba
+# %% ../../nbs/data/12d_ingest.ipynb #b015f11b
+_LENGTH = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(TIMEFRAMES)})(?![A-Za-z0-9])")
+
+
+def _check_timeframes(seen: list[Recognised], timeframe: str) -> None:
+    for one in seen:
+        said = {*_LENGTH.findall(one.source.lower())}
+        if said and timeframe not in said:
+            todo = "Ingest files of one timeframe at a time; rename the file if its name is wrong."
+            raise DataError(f"by its name, {one.source} holds bars of {', '.join(sorted(said))}", timeframe, todo)
+
+# %% ../../nbs/data/12d_ingest.ipynb #e6b68041
 def _one_series(job: _Job, asset_id: str, progress: Progress | None) -> Ingested:
     what = job.files[0].name if len(job.files) == 1 else f"{len(job.files)} files"
     with job.stream(progress) as stream:
@@ -103,9 +120,16 @@ def _rows_of(raw: pd.DataFrame, symbol: str) -> pd.DataFrame:
     mine = [rows for rows in groups if symbols_of(raw.iloc[rows[:1]]) == {symbol}]
     return raw.iloc[sorted(row for rows in mine for row in rows)].reset_index(drop=True)
 
-# %% ../../nbs/data/12d_ingest.ipynb #e8541690
+# %% ../../nbs/data/12d_ingest.ipynb #afd295db
+def _nameless(raw: pd.DataFrame) -> pd.DataFrame:
+    """The rows of no symbol, which would be in none of the series."""
+    silent = raw[raw["symbol"].isna()] if "symbol" in raw else raw
+    named = [source for source in silent["source"].unique() if symbols_of(silent[silent["source"] == source][:1])]
+    return silent[~silent["source"].isin(named)]
+
+# %% ../../nbs/data/12d_ingest.ipynb #af483704
 def ingest_files(
-    engine: sa.Engine,  # from `kallos.data.store.connect`
+    engine: sa.Engine,  # from `kallos.data.tables.connect`
     paths: Iterable[str | Path],  # files, folders and globs
     *,
     timeframe: str,  # length of the bars, as claimed
@@ -127,7 +151,7 @@ def ingest_files(
     job = _Job(engine, files, mapping, how, what | {"timeframe": timeframe})
     return _each_symbol(job, progress) if allow_batch_symbols else [_one_series(job, asset_id, progress)]
 
-# %% ../../nbs/data/12d_ingest.ipynb #5ab98bc9
+# %% ../../nbs/data/12d_ingest.ipynb #43d51fdf
 def _check_names(asset_id: str | None, allow_batch_symbols: bool) -> None:
     if allow_batch_symbols and asset_id is not None:
         todo = "Leave --asset-id out: with --allow-batch-symbols the symbols are the names."
@@ -136,12 +160,17 @@ def _check_names(asset_id: str | None, allow_batch_symbols: bool) -> None:
         todo = "Add --asset-id, or --allow-batch-symbols to store each symbol under its own name."
         raise ConfigError("the instrument has no name", next_step=todo)
 
-
+# %% ../../nbs/data/12d_ingest.ipynb #953686ba
 def _each_symbol(job: "_Job", progress: Progress | None) -> list[Ingested]:
     with job.stream(progress) as stream:
         symbols = sorted(stream.symbols)
+        nameless = [rows for rows in map(_nameless, stream) if len(rows)] if symbols else []
     if not symbols:
         raise DataError("the files name no symbol", [file.name for file in job.files], "Name one by --asset-id.")
+    if nameless:
+        problem = f"{sum(map(len, nameless)):,} rows name no symbol, nor does their file's name"
+        first = "{source}, row {row}".format(**nameless[0].iloc[0])
+        raise DataError(problem, first, "Write it there, or ingest the file by itself under --asset-id.")
     done = []
     for symbol in symbols:
         with job.stream() as stream:

@@ -46,8 +46,8 @@ def _joined(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 class Ledger:
     """The entries of one chunk; every entry is counted in the report of the series."""
 
-    def __init__(self, report: RepairReport):
-        self.report, self._quarantine, self._changes = report, [], []
+    def __init__(self, report: RepairReport, held: pd.DataFrame | None = None):
+        self.report, self._quarantine, self._changes = report, [] if held is None else [held], []
 
     def keep_out(self, rows: pd.DataFrame, masks: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """The rows without those under a rule, which go to quarantine."""
@@ -62,10 +62,11 @@ class Ledger:
         self._changes.append(_entries(rows, column, new, rule))
         return rows.assign(**{column: new}) if len(self._changes[-1]) else rows
 
-    def repaired(self, bars: pd.DataFrame) -> Repaired:
-        """The chunk with its entries, in order of time."""
+    def repaired(self, bars: pd.DataFrame, *, waits: pd.Timestamp | None = None) -> tuple[Repaired, pd.DataFrame]:
+        """The chunk with its entries, in order of time, and those from the time of the first waiting bar on."""
         quarantine = _joined(self._quarantine, QUARANTINE_COLUMNS)
-        return Repaired(bars, quarantine, _joined(self._changes, CHANGE_COLUMNS))
+        late = quarantine["ts"] >= waits if waits is not None else np.zeros(len(quarantine), bool)
+        return Repaired(bars, quarantine[~late], _joined(self._changes, CHANGE_COLUMNS)), quarantine[late]
 
 # %% ../../nbs/data/10f_ledger.ipynb #f962898d
 def _entries(rows: pd.DataFrame, column: str, new: np.ndarray, rule: str) -> pd.DataFrame:

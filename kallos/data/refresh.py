@@ -34,7 +34,7 @@ def _columns(bars: pd.DataFrame) -> set[str]:
 
 # %% ../../nbs/data/13e_refresh.ipynb #39eb320f
 def refresh_features(
-    engine: sa.Engine,  # from `kallos.data.store.connect`
+    engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,
     asset_id: str,  # the instrument
     timeframe: str,  # length of a bar

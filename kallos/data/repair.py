@@ -15,7 +15,7 @@ from ..core.errors import DataError
 from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS, timeframe_delta
 from .bars import gap_map, off_grid, to_utc
 from .duplicates import copies, settle
-from .findings import RepairReport
+from .findings import RepairReport, check_not_faulty
 from .ledger import Ledger, Repaired, read_back
 from kallos.data.rules import (
     REACH,
@@ -26,7 +26,7 @@ from kallos.data.rules import (
     spikes,
     vwap_outside,
 )
-from .watches import Echoes, Order, Steps, VolumeScale
+from .watches import Echoes, FileSteps, Order, VolumeScale
 
 __all__ = ["RepairReport", "Repaired", "read_back"]
 
@@ -36,7 +36,7 @@ class _Times:
 
     def __init__(self, timeframe: str, what: str, now: pd.Timestamp | None):
         self.timeframe, self.what, self.now = timeframe, what, now
-        self.order, self.steps = Order(), Steps(timeframe)
+        self.order, self.steps = Order(), FileSteps(timeframe)
         self._last: pd.Timestamp | None = None
 
     def read(self, raw: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
@@ -46,7 +46,7 @@ class _Times:
         self._last = _check_follows(rows, self._last, self.what)
         self.order.see(rows)
         rows = ledger.keep_out(rows, {"times_disagree": _disagree(rows)})
-        self.steps.see(pd.DatetimeIndex(rows["ts"]))
+        self.steps.see(rows)
         rows = ledger.keep_out(rows, {"off_grid": off_grid(rows["ts"], timeframe=self.timeframe)})
         late = self.now is not None and rows["ts"] > self.now - timeframe_delta(self.timeframe)
         return ledger.keep_out(rows, {"partial_last_bar": np.broadcast_to(late, len(rows))})
@@ -73,6 +73,11 @@ class _Neighbours:
     def __init__(self):
         self._judged: dict[str, np.ndarray] = {}  # the last rows judged, kept or not
         self._waiting: pd.DataFrame | None = None
+
+    @property
+    def waits(self) -> pd.Timestamp | None:
+        """The time of the first bar whose verdict is not final."""
+        return None if self._waiting is None or self._waiting.empty else self._waiting["ts"].iloc[0]
 
     def judge(self, rows: pd.DataFrame, ledger: Ledger, *, last: bool) -> pd.DataFrame:
         """The bars whose verdict is final."""
@@ -264,6 +269,7 @@ class Repair:
         self._neighbours = _Neighbours()
         self._bars = _Bars(timeframe, what, fill_gaps)
         self._drop_last = drop_last
+        self._held: pd.DataFrame | None = None  # entries on rows of the times of waiting bars
 
     def add(self, raw: pd.DataFrame, *, last: bool = True) -> Repaired:
         """The next chunk, repaired; a few bars may come with the chunk after it. DataError on a file to refuse."""
@@ -271,7 +277,7 @@ class Repair:
 
 # %% ../../nbs/data/10g_repair.ipynb #5c52d67c
 def _add(repair: Repair, raw: pd.DataFrame, last: bool) -> Repaired:
-    ledger, report = Ledger(repair.report), repair.report
+    ledger, report = Ledger(repair.report, repair._held), repair.report
     report.rows += len(raw)
     rows = repair._times.read(raw, ledger)
     rows = ledger.keep_out(rows, row_faults(rows))
@@ -285,13 +291,15 @@ def _add(repair: Repair, raw: pd.DataFrame, last: bool) -> Repaired:
     bars = repair._bars.finish(rows, ledger)
     if last:
         _conclude(repair)
-    return ledger.repaired(bars)
+    done, repair._held = ledger.repaired(bars, waits=repair._neighbours.waits)
+    return done
 
 # %% ../../nbs/data/10g_repair.ipynb #a2fb3ea2
 def _conclude(repair: Repair) -> None:
     report = repair.report
     _refuse(report, repair._bars.priced)
     repair._times.steps.check(report.what)
+    check_not_faulty(report)
     repair._times.order.tell(report)
     repair._bars.scale.tell(report)
     _tell_thin(repair._bars.tail, report)

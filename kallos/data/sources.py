@@ -62,18 +62,25 @@ def symbol_in(
     settled = re.search(r"(?i)(?<![a-z])(perp|perpetual|swap|futures)(?![a-z])", text)
     return found and (found[1], found[2], found[3] or (found[2] if settled else ""))
 
-# %% ../../nbs/data/11_sources.ipynb #2702bd69
+# %% ../../nbs/data/11_sources.ipynb #88e3a17e
+# such as volume_24h and volume_sma20
+_NO_ASSET = re.compile(
+    r"\d+[smhdw]?|[a-z]?ma\d*|avg\d*|mean\d*|std\d*|lag\d*|prev|ratio|delta|diff|pct|chg|change|roc|osc"
+)
+
+
 def _asset_of_volume(name: str) -> str | None:
     """The asset that a volume's name ends in, "" for a plain volume, None if the name is no volume."""
     if column_of(name) == "volume":
         return ""
     found = re.fullmatch(r"vol(?:ume)?([a-z0-9]{2,6})", _plain(name))
-    return found and found[1].upper()
+    return found and (None if _NO_ASSET.fullmatch(found[1]) else found[1].upper())
 
 
-def _is_quote(quote: pd.Series, base: pd.Series, head: pd.DataFrame) -> bool:
+def _is_quote(quote: pd.Series, base: pd.Series | int, head: pd.DataFrame) -> bool:
     """Whether `quote` over `base` is a price of the bars in nine of ten rows."""
-    table = pd.DataFrame({"price": quote / base.where(base > 0), "low": head["low"], "high": head["high"]}).dropna()
+    price = quote / (base if isinstance(base, int) else base.where(base > 0))
+    table = pd.DataFrame({"price": price, "low": head["low"], "high": head["high"]}).dropna()
     return len(table) > 0 and table["price"].between(0.9 * table["low"], 1.1 * table["high"]).mean() >= 0.9
 
 # %% ../../nbs/data/11_sources.ipynb #774b2585
@@ -86,8 +93,8 @@ def _base_volume(
     base, quote = (pair[0], pair[1]) if pair else (None, None)
     assets = {name: _asset_of_volume(name) for name in names}
     if len(names) == 1:
-        in_quote = assets[names[0]] and assets[names[0]] != base and assets[names[0]] in {quote, *_MONEY.split("|")}
-        return None if in_quote else names[0]
+        foreign = assets[names[0]] and assets[names[0]] != base and (base or assets[names[0]] in _MONEY.split("|"))
+        return None if foreign else names[0]
     by_name = [name for name in names if base and assets[name] == base]
     others = [name for name in names if assets[name] not in {quote, *_MONEY.split("|")}]
     by_number = [one for one in names if any(_is_quote(head[two], head[one], head) for two in names if two != one)]
@@ -223,7 +230,36 @@ def _with_volumes(
         found[quotes[0]] = "quote_asset_volume"
     return found
 
-# %% ../../nbs/data/11_sources.ipynb #5e1426a0
+# %% ../../nbs/data/11_sources.ipynb #5fb6c1f7
+def _check_volume(columns: dict[str, str], head: dict[str, pa.Array], source: str, notes: list[str]) -> None:
+    """Nothing, or a note; DataError if the volume is in the quote asset."""
+    named = {column: name for name, column in columns.items()}
+    spare = [name for name in head if name not in columns or columns[name] == "quote_asset_volume"]
+    numbers = _numbers_of([named["volume"], named["low"], named["high"], *spare], head)
+    numbers = numbers.rename(columns={named["low"]: "low", named["high"]: "high"})
+    spare, volume = (
+        [name for name in spare if name in numbers and not _is_quote(numbers[name], 1, numbers)],
+        named["volume"],
+    )
+    if any(_is_quote(numbers[name], numbers[volume], numbers) for name in spare):
+        return
+    base = next((name for name in spare if _is_quote(numbers[volume], numbers[name], numbers)), None)
+    if base:
+        problem = f"{source}: {volume} over {base} is a price, so {volume} is no volume in the base asset"
+        raise DataError(problem, received=[volume, base], next_step=f"Say which one it is with --map volume={base}.")
+    pairs = ((one, two) for one in spare[:20] for two in spare[:20] if _is_quote(numbers[one], numbers[two], numbers))
+    notes += [
+        f"{one} over {two} is a price: is {two} the volume? Then add --map volume={two}" for one, two in [*pairs][:1]
+    ]
+
+# %% ../../nbs/data/11_sources.ipynb #d65976a2
+def _numbers_of(names: list[str], head: dict[str, pa.Array]) -> pd.DataFrame:
+    """The first rows of those columns that can hold numbers."""
+    kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal, pa.types.is_string)
+    able = [name for name in names if any(is_kind(head[name].type) for is_kind in kinds)]
+    return pd.DataFrame({name: read_numbers(head[name])[0] for name in able})
+
+# %% ../../nbs/data/11_sources.ipynb #6b4b1661
 def _kind(names: list[str], columns: dict[str, str], container: str, header: bool, preamble: str) -> str:
     plain = [_plain(name) for name in names]
     if "cryptodatadownload" in preamble.lower() or ({"unix", "symbol"} <= {*plain} and "volume" not in plain):
@@ -246,7 +282,7 @@ def _needed(columns: dict[str, str], names: list[str], source: str) -> None:
         problem = f"{source} lacks the columns {', '.join(missing)}"
         raise DataError(problem, received=_shown(names), next_step=f"{todo}: --map {missing[0]}=NAME.")
 
-# %% ../../nbs/data/11_sources.ipynb #e7ab26ea
+# %% ../../nbs/data/11_sources.ipynb #84eaabf7
 def recognise(
     names: list[str],  # the file's columns
     head: dict[str, pa.Array],  # their first rows
@@ -264,6 +300,8 @@ def recognise(
     said = str(symbol[0].as_py()) if symbol is not None and len(symbol) else ""
     columns = _with_volumes(columns, head, source=source, pair=symbol_in(said) or symbol_in(source), notes=notes)
     _needed(columns, names, source)
+    if "volume" not in (mapping or {}):
+        _check_volume(columns, head, source, notes)
     columns = _times_checked(columns, head, source, notes)
     kept = {name: columns[name] for name in names if name in columns}
     ignored = [name for name in names if name not in columns]

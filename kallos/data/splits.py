@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.errors import ConfigError, DataError
 from .bars import to_utc
-from .spans import Embargo, Part, Spans, check_embargo, clear_before, parts_table, row_count, row_spans
+from .spans import Embargo, Part, Spans, check_embargo, clear_before, parts_table, row_spans, rows_in_time
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -152,8 +152,8 @@ class WalkForwardSplit(Splitter):
         return self.folds
 
     def parts(self, X: object) -> Iterator[np.ndarray]:
-        """Yields for each fold the (n) parts of the rows; DataError if X has too few."""
-        yield from (_bounds_parts(b, row_count(X), self.embargo) for b in self.bounds(row_count(X)))
+        """Yields for each fold the (n) parts of the rows; DataError if X has too few, or times that fall or repeat."""
+        yield from (_bounds_parts(b, rows_in_time(X), self.embargo) for b in self.bounds(rows_in_time(X)))
 
 # %% ../../nbs/data/15_splits.ipynb #208f3988
 def _bounds_parts(b: FoldBounds, n_rows: int, embargo: int = 0) -> np.ndarray:
@@ -215,8 +215,9 @@ def _three_parts(spans: Spans, ends: list[float | str | date | None], embargo: i
     val, test, stop = _cuts(spans, ends)
     parts = np.full(len(spans.now), Part.UNUSED, dtype=np.int8)
     parts[:val], parts[val:test], parts[test:stop] = Part.TRAIN, Part.VALIDATION, Part.TEST
-    for first in (test, val):
-        clear_before(parts, spans, first, embargo=embargo)
+    for first, end in ((test, ends[1]), (val, ends[0])):
+        last = None if isinstance(end, float) else _moment(end)
+        clear_before(parts, spans, first, embargo=embargo, last=last)
     return parts
 
 # %% ../../nbs/data/15_splits.ipynb #b5d4bfe7
@@ -238,7 +239,12 @@ def _cut(spans: Spans, end: float | str | date | None, begin: int) -> int:
         return begin + round(end * len(spans.now))
     if spans.ts is None:
         raise ConfigError("a date needs rows with times", end, "Give a share (0.7), or X with its times as index.")
-    return int(spans.now.searchsorted(to_utc(end).as_unit("ns").value, side="right"))
+    return int(spans.now.searchsorted(_moment(end), side="right"))
+
+
+def _moment(end: str | date) -> int:
+    """Nanoseconds since 1970."""
+    return to_utc(end).as_unit("ns").value
 
 # %% ../../nbs/data/15_splits.ipynb #05bca0a7
 def date_bounds(

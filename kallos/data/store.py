@@ -17,14 +17,14 @@ import sqlalchemy as sa
 
 from ..core.errors import DataError
 from ..core.schemas import BAR_COLUMNS, timeframe_delta
-from .assets import claim_asset, delete_asset, list_assets, nothing_found
+from .assets import claim_asset, delete_asset, nothing_found
 from .bars import to_utc
 from .bulk import fetch_rows, insert_rows
-from .database import reading, to_url, writing  # noqa: F401
+from .database import reading, writing
 from .ledger import Repaired
-from .merging import WriteReport, last_time, merge_rows
+from .merging import FAR, WriteReport, last_time, merge_rows
 from .records import replace_records
-from .tables import BARS, FEATURES, SERIES, connect
+from .tables import BARS, FEATURES, SERIES
 
 # %% ../../nbs/data/12_store.ipynb #60d2a3ab
 class BarBatch:
@@ -36,13 +36,16 @@ class BarBatch:
 
     def add(self, repaired: Repaired) -> None:
         """Writes a chunk: its bars, the rows kept out, and the values that the repair changed."""
-        moments = {"moments": repaired.bars["ts"], "fixed": self._fixed}
-        replace_records(self._connection, repaired.quarantine, repaired.changes, **moments)
-        self.add_bars(repaired.bars)
+        stay = self.add_bars(repaired.bars).kept_at  # what was said of these bars still holds
+        ts, changes = repaired.bars["ts"], repaired.changes
+        changes, moments = changes[~changes["ts"].isin(stay)], ts[~ts.isin(stay)]
+        replace_records(self._connection, repaired.quarantine, changes, moments=moments, fixed=self._fixed)
 
-    def add_bars(self, bars: pd.DataFrame) -> None:
-        """Writes a chunk of checked bars, see `kallos.data.bars.check_bars`."""
-        self.report += merge_rows(self._connection, BARS, bars, fixed=self._fixed)
+    def add_bars(self, bars: pd.DataFrame) -> WriteReport:
+        """Writes a chunk of checked bars, see `kallos.data.bars.check_bars`, and returns what became of them."""
+        done = merge_rows(self._connection, BARS, bars, fixed=self._fixed)
+        self.report += done
+        return done
 
 # %% ../../nbs/data/12_store.ipynb #1503c7d8
 def _fixed(asset_id: str, timeframe: str) -> dict[str, str]:
@@ -101,10 +104,19 @@ def bar_batch(
         claim_asset(connection, asset_id, venue=venue, market=market, quote=quote)
         batch = BarBatch(connection, fixed)
         yield batch
+        _check_prices(batch.report, asset_id)
         if batch.report.changed_from is not None:
             _mark_stale(connection, fixed, batch.report.changed_from)
 
-# %% ../../nbs/data/12_store.ipynb #38bbbcbd
+# %% ../../nbs/data/12_store.ipynb #6fda7aa9
+def _check_prices(report: WriteReport, asset_id: str) -> None:
+    shared = report.updated + report.unchanged + report.kept
+    if report.far > max(2, shared / 2):
+        problem = f"{report.far} of {shared} bars that are stored already have another close, by more than {FAR:.0%}"
+        todo = f"Is this {asset_id!r}? Use another --asset-id, or --replace to delete what is stored first."
+        raise DataError(problem.replace("%", " %"), next_step=todo)
+
+# %% ../../nbs/data/12_store.ipynb #4031984b
 def write_bars(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     bars: pd.DataFrame,  # checked bars, see `kallos.data.bars.check_bars`
@@ -122,7 +134,7 @@ def write_bars(
         batch.add_bars(bars)
     return batch.report
 
-# %% ../../nbs/data/12_store.ipynb #d71b75c4
+# %% ../../nbs/data/12_store.ipynb #27b247e5
 def read_bars(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,
@@ -142,7 +154,7 @@ def read_bars(
     bars = bars.drop(columns=[name for name in names if bars[name].isna().all()])
     return bars.assign(is_filled=bars["is_filled"] == 1) if "is_filled" in bars else bars
 
-# %% ../../nbs/data/12_store.ipynb #802401f3
+# %% ../../nbs/data/12_store.ipynb #e6a68019
 def last_bar(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,
@@ -158,7 +170,7 @@ def last_bar(
 def _moment(milliseconds: int | None) -> pd.Timestamp | None:
     return None if milliseconds is None else pd.Timestamp(milliseconds, unit="ms", tz="UTC")
 
-# %% ../../nbs/data/12_store.ipynb #f85aa57b
+# %% ../../nbs/data/12_store.ipynb #2f83e33f
 def stale_from(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,
@@ -184,7 +196,7 @@ def bar_changes(
     with reading(engine) as connection:
         return _series(connection, _fixed(asset_id, timeframe)).get("changes", 0)
 
-# %% ../../nbs/data/12_store.ipynb #5fcc5f4f
+# %% ../../nbs/data/12_store.ipynb #fa1b4f16
 def stored_features(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,
@@ -195,7 +207,7 @@ def stored_features(
     with reading(engine) as connection:
         return (_series(connection, _fixed(asset_id, timeframe)).get("features") or "").split()
 
-# %% ../../nbs/data/12_store.ipynb #2aa9f767
+# %% ../../nbs/data/12_store.ipynb #dd7f9404
 def _feature_columns(connection: sa.Connection) -> list[str]:
     return [column["name"] for column in sa.inspect(connection).get_columns("features")][3:]
 
@@ -217,13 +229,13 @@ def _check_columns(connection: sa.Connection, fixed: dict[str, str], names: list
         todo = "Compute the features of all bars, and write them without since."
         raise DataError(f"the stored features of {fixed['asset_id']!r} are others than these", differ, todo)
 
-# %% ../../nbs/data/12_store.ipynb #0dd27435
+# %% ../../nbs/data/12_store.ipynb #c7b54f9f
 def _still_stale(connection: sa.Connection, fixed: dict[str, str], seen: int | None) -> dict[str, int | None]:
     noted = _series(connection, fixed)
     changed = seen is not None and noted.get("changes", 0) != seen
     return {"stale_from": noted["stale_from"] if changed else None}
 
-# %% ../../nbs/data/12_store.ipynb #c18a57ba
+# %% ../../nbs/data/12_store.ipynb #79ac566d
 def write_features(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     features: pd.DataFrame,  # `ts` (close time), the bar's own columns, one float64 column a feature
@@ -249,7 +261,7 @@ def write_features(
         _note(connection, fixed, features=" ".join(names), **_still_stale(connection, fixed, seen))
     return len(fresh)
 
-# %% ../../nbs/data/12_store.ipynb #b20f5b52
+# %% ../../nbs/data/12_store.ipynb #c584ee0e
 def read_features(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,

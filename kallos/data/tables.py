@@ -20,7 +20,7 @@ ASSETS = sa.Table(
     METADATA,
     sa.Column("asset_id", sa.String, primary_key=True),
     sa.Column("venue", sa.String, nullable=False, default="unknown"),
-    sa.Column("market", sa.String, nullable=False, default="unknown"),
+    sa.Column("market", sa.String, nullable=False, default="spot"),
     sa.Column("quote", sa.String),
 )
 

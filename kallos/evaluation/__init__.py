@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy(
             "scale_of",
             "truncation",
             "warm_up",
+            "with_others",
         ),
         "feature_probes": (
             "EXACT",
@@ -37,9 +38,11 @@ __getattr__, __dir__, __all__ = lazy(
             "probe_features",
             "stressed",
             "stretches",
+            "suspects",
         ),
         "boundaries": (
             "Folds",
+            "made_again",
             "scaled_rows",
             "scaler_rows",
             "split_overlap",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Compute', 'ROUNDING', 'FORGOTTEN', 'Finding', 'Probe', 'merge', 'scale_of', 'compare', 'computed', 'truncation',
-           'another_future', 'perturbation', 'warm_up', 'label_span']
+           'with_others', 'another_future', 'perturbation', 'warm_up', 'label_span']
 
 # %% ../../nbs/evaluation/30c_causality.ipynb #06e695a3
 from collections.abc import Callable, Iterable
@@ -132,7 +132,24 @@ def truncation(
     said = "it is {1:.6g} where the history ends at {until}, and {0:.6g} once later bars are known"
     return _from_another_future("truncation", compute, bars, timeframe, cuts, bars.head, said)
 
-# %% ../../nbs/evaluation/30c_causality.ipynb #902c2cdc
+# %% ../../nbs/evaluation/30c_causality.ipynb #73de6050
+def with_others(
+    bars: pd.DataFrame,  # checked bars
+    places: np.ndarray,  # positions of the bars to replace
+    *,
+    rng: np.random.Generator,  # draws what takes their place
+) -> pd.DataFrame:
+    """Bars of the same times whose values at these places are others."""
+    own = [name for name in BAR_COLUMNS if name in bars]
+    drawn = bars.iloc[rng.integers(0, len(bars), len(places))][own].to_numpy(copy=True)
+    prices = np.array([name in ("open", "high", "low", "close") for name in own])
+    drawn[:, prices] *= np.exp(0.3 * rng.standard_normal((len(drawn), 1)))
+    drawn[:, ~prices] *= np.exp(rng.standard_normal((len(drawn), 1)))
+    changed = bars.copy()
+    changed.iloc[places, changed.columns.get_indexer(own)] = drawn
+    return changed
+
+# %% ../../nbs/evaluation/30c_causality.ipynb #5f814a59
 def another_future(
     bars: pd.DataFrame,  # checked bars
     cut: int,  # number of bars that stay as they are
@@ -140,16 +157,9 @@ def another_future(
     rng: np.random.Generator,  # draws the rest
 ) -> pd.DataFrame:
     """Bars of the same times whose values after the cut are others."""
-    own = [name for name in BAR_COLUMNS if name in bars]
-    drawn = bars.iloc[rng.integers(0, len(bars), len(bars) - cut)][own].to_numpy(copy=True)
-    prices = np.array([name in ("open", "high", "low", "close") for name in own])
-    drawn[:, prices] *= np.exp(0.3 * rng.standard_normal((len(drawn), 1)))
-    drawn[:, ~prices] *= np.exp(rng.standard_normal((len(drawn), 1)))
-    changed = bars.copy()
-    changed.iloc[cut:, changed.columns.get_indexer(own)] = drawn
-    return changed
+    return with_others(bars, np.arange(cut, len(bars)), rng=rng)
 
-# %% ../../nbs/evaluation/30c_causality.ipynb #d596d75e
+# %% ../../nbs/evaluation/30c_causality.ipynb #5f82448b
 def perturbation(
     compute: Compute,  # the formula under test
     bars: pd.DataFrame,  # checked bars
@@ -163,14 +173,14 @@ def perturbation(
     change = partial(another_future, bars, rng=np.random.default_rng(seed))
     return _from_another_future("perturbation", compute, bars, timeframe, cuts, change, said)
 
-# %% ../../nbs/evaluation/30c_causality.ipynb #67b0fed7
+# %% ../../nbs/evaluation/30c_causality.ipynb #061a02a2
 FORGOTTEN = 1e-6  # share of its scale by which a feature may move when older bars are loaded
 
 
 def _moved(whole: float, part: float, warmup: int) -> str:
     return f"it is {part:.9g} after its warm-up of {warmup} bars, and {whole:.9g} with all older bars loaded"
 
-# %% ../../nbs/evaluation/30c_causality.ipynb #453dd87c
+# %% ../../nbs/evaluation/30c_causality.ipynb #7806563c
 def warm_up(
     compute: Compute,  # the formula under test
     bars: pd.DataFrame,  # checked bars
@@ -190,7 +200,7 @@ def warm_up(
         results.append(compare("warm-up", whole.loc[known], part.loc[known], tolerance=FORGOTTEN * scale, say=say))
     return merge("warm-up", results)
 
-# %% ../../nbs/evaluation/30c_causality.ipynb #6904e3de
+# %% ../../nbs/evaluation/30c_causality.ipynb #2dc4b1ca
 def _known_labels(labels: pd.DataFrame, other: pd.DataFrame, t1: str, until: pd.Timestamp) -> Probe:
     names = [name for name in labels if name in (t1.replace("t1_", "label_"), t1.replace("t1_", "return_"))]
     known = labels.index[labels[t1] <= until].intersection(other.index)
@@ -199,7 +209,7 @@ def _known_labels(labels: pd.DataFrame, other: pd.DataFrame, t1: str, until: pd.
     say = (said + "{1:.6g}").format
     return compare("label span", left, right, tolerance=ROUNDING * scale_of(labels[names]), say=say)
 
-# %% ../../nbs/evaluation/30c_causality.ipynb #ec9901a2
+# %% ../../nbs/evaluation/30c_causality.ipynb #8d188038
 def label_span(
     make: Compute,  # bars -> a table of labels: `ts`, and for each horizon h `label_h{h}`, `return_h{h}`, `t1_h{h}`
     bars: pd.DataFrame,  # checked bars

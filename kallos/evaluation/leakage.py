@@ -23,12 +23,12 @@ from ..data.labels import make_labels
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold
 from ..data.splits import WalkForwardSplit
 from ..data.store import read_bars
-from .boundaries import scaled_rows, scaler_rows, split_overlap
+from .boundaries import made_again, scaled_rows, scaler_rows, split_overlap
 from .causality import Compute, Probe, label_span, merge
 from .chance import lag_cliff, martingale, permutation
 from .feature_probes import EXACT, bars_needed, can_be_tried, probe_features
 from ..models.container import TimeSeriesDataContainer
-from ..models.partition import PARTS, DataSettings, partition_bars
+from ..models.partition import PARTS, DataSettings, labelled_rows, partition_bars
 
 # %% ../../nbs/evaluation/31_leakage.ipynb #065da8f4
 def _verdict(audit: "Audit") -> str:
@@ -47,8 +47,8 @@ def _lines(audit: "Audit") -> Iterable[str]:
         for f in probe.findings:
             yield f"    {f.column}, row {f.ts:%Y-%m-%d %H:%M}: {f.said} ({f.count:,} such)"
 
-# %% ../../nbs/evaluation/31_leakage.ipynb #1fb7c179
-PROBES = (*EXACT, "label span", "split overlap", "scaler", "lag cliff", "permutation", "martingale")
+# %% ../../nbs/evaluation/31_leakage.ipynb #979694c9
+PROBES = (*EXACT, "label span", "split overlap", "tables", "scaler", "lag cliff", "permutation", "martingale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +204,18 @@ def _try_borders(case: _Case) -> list[Probe]:
         for h in tables.settings.horizons
     ]
 
-# %% ../../nbs/evaluation/31_leakage.ipynb #d17a2546
+# %% ../../nbs/evaluation/31_leakage.ipynb #5d474123
+def _try_tables(case: _Case) -> Probe:
+    settings, bars = case.tables.settings, case.bars
+    closes = bars["ts"] + timeframe_delta(case.timeframe)
+    within = bars["ts"].ge(settings.start or bars["ts"].iloc[0]) & closes.le(settings.end or closes.iloc[-1])
+    honest, _ = labelled_rows(bars[within].reset_index(drop=True), settings=settings)
+    given, _ = _joined(case.tables.plain)
+    labels = [f"{name}_h{h}" for h in settings.horizons for name in ("label", "return", "t1")]
+    names = [*settings.feature_groups.names, *labels]
+    return made_again(given.set_index("ts"), honest.set_index("ts"), names=names)
+
+# %% ../../nbs/evaluation/31_leakage.ipynb #d61000c8
 _MOST_ROWS = 20_000
 
 
@@ -227,7 +238,7 @@ def _try_lag_cliff(case: _Case) -> Probe:
     names = case.tables.settings.feature_groups.names
     return lag_cliff(rows.tail(_MOST_ROWS), timeframe=case.timeframe, columns=names, horizons=case.horizons)
 
-# %% ../../nbs/evaluation/31_leakage.ipynb #e870b157
+# %% ../../nbs/evaluation/31_leakage.ipynb #f1e54194
 def _try_permutation(case: _Case) -> Probe:
     table, longest = case.rows[["ts", "close"]], max(case.horizons)
     return permutation(table, _splitters(case), timeframe=case.timeframe, horizon=longest, seed=case.seed)
@@ -242,13 +253,14 @@ def _try_martingale(case: _Case) -> Probe:
 _TRIES = {
     "label span": _try_labels,
     "split overlap": _try_splits,
+    "tables": _try_tables,
     "scaler": _try_scaler,
     "lag cliff": _try_lag_cliff,
     "permutation": _try_permutation,
     "martingale": _try_martingale,
 }
 
-# %% ../../nbs/evaluation/31_leakage.ipynb #865577b9
+# %% ../../nbs/evaluation/31_leakage.ipynb #f0d5de48
 def audit(
     source: pd.DataFrame | sa.Engine,  # checked bars, or the database that holds them
     *,
@@ -274,7 +286,7 @@ def audit(
     done = _run(case, wanted, say)
     return Audit(asset_id, timeframe, len(bars), bars["ts"].iloc[0], bars["ts"].iloc[-1], names, done, seed)
 
-# %% ../../nbs/evaluation/31_leakage.ipynb #e6fe86d6
+# %% ../../nbs/evaluation/31_leakage.ipynb #6bcfc718
 def _known_probes(probes: Iterable[str]) -> list[str]:
     wanted = [*probes]
     if unknown := [name for name in wanted if name not in PROBES]:

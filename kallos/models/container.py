@@ -238,6 +238,9 @@ def _darts(
     segments = segment_ids(table["ts"], timeframe=self.settings.timeframe)
     past = np.log(self.table(part)["close"]).groupby(segments).diff(horizon).to_numpy()
     known, target = ~np.isnan(past), {f"return_{horizon}": past}
+    if not known.any():
+        problem = f"{part} has no stretch of more than {horizon} rows without a gap"
+        raise DataError(problem, received=len(table), next_step="Use a shorter horizon, or more bars.")
     rows = table[["ts", *self.features]].assign(**target)[known].groupby(segments[known])
     both = ([*target], self.features)
     return [tuple(_series(stretch, names, self.settings.timeframe) for names in both) for _, stretch in rows]

@@ -22,7 +22,8 @@ from ..core.runs import fingerprint
 from ..core.schemas import timeframe_delta
 from ..data.bars import segment_ids, to_utc
 from ..data.splits import WalkForwardSplit
-from ..data.store import connect, read_features
+from ..data.store import read_features, stale_from
+from ..data.tables import connect
 from .preprocessing import FeatureTransformer, create_feature_transformer
 
 # %% ../../nbs/models/21_datasets.ipynb #38146bd0
@@ -40,11 +41,19 @@ def load_features_from_db(
     engine = connect(db_kwargs, create=False)
     try:
         table = read_features(engine, asset_id=asset_id, timeframe=timeframe, end=end, columns=names)
+        _refuse_stale(stale_from(engine, asset_id=asset_id, timeframe=timeframe), end, asset_id, timeframe)
     finally:
         engine.dispose()
     return _refuse_empty(table.set_index("ts"), columns or [], asset_id)
 
-# %% ../../nbs/models/21_datasets.ipynb #67d99ec2
+# %% ../../nbs/models/21_datasets.ipynb #4b77088f
+def _refuse_stale(since: pd.Timestamp | None, end: pd.Timestamp | None, asset_id: str, timeframe: str) -> None:
+    if since is not None and (end is None or since + timeframe_delta(timeframe) <= end):
+        problem = f"the features of {asset_id} {timeframe} are older than its bars, from {since:%Y-%m-%d %H:%M} on"
+        todo = f"Run `kallos-run features --asset-id {asset_id} --timeframe {timeframe}` first."
+        raise DataError(problem, next_step=todo)
+
+# %% ../../nbs/models/21_datasets.ipynb #0e27299a
 def _refuse_empty(table: pd.DataFrame, columns: list[str], asset_id: str) -> pd.DataFrame:
     empty = [name for name in columns if table[name].isna().any()]
     if empty:
@@ -55,7 +64,7 @@ def _refuse_empty(table: pd.DataFrame, columns: list[str], asset_id: str) -> pd.
         )
     return table
 
-# %% ../../nbs/models/21_datasets.ipynb #3cce74a3
+# %% ../../nbs/models/21_datasets.ipynb #c63e721a
 TARGETS = ("close", "log_close", "log_return")
 
 
@@ -76,7 +85,7 @@ def add_target(
     segments = segment_ids(table.index, timeframe=timeframe)
     return table.assign(log_return=log_close.groupby(segments).diff()).dropna(subset="log_return")
 
-# %% ../../nbs/models/21_datasets.ipynb #e94445d4
+# %% ../../nbs/models/21_datasets.ipynb #f5328ae3
 def load_table(
     settings: RunSettings,  # asset, timeframe, end date, features and target
     db_kwargs: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
@@ -95,7 +104,7 @@ def load_table(
         )
     return rows
 
-# %% ../../nbs/models/21_datasets.ipynb #f5f7a612
+# %% ../../nbs/models/21_datasets.ipynb #535ed70a
 def warn_without_test(
     table: pd.DataFrame,  # as `load_table` returns it
     settings: RunSettings,  # of the run
@@ -105,7 +114,7 @@ def warn_without_test(
         last = {"last_row": table.index[-1], "end_date": settings.end_date}
         log_event("the data end before the end date: nothing is left to test on", level="warning", **last)
 
-# %% ../../nbs/models/21_datasets.ipynb #33ffa356
+# %% ../../nbs/models/21_datasets.ipynb #a282ce03
 def data_record(
     table: pd.DataFrame,  # as `load_table` returns it
 ) -> dict[str, Any]:
@@ -113,7 +122,7 @@ def data_record(
     span = {"rows": len(table), "first": table.index[0], "last": table.index[-1]}
     return {"features": {"fingerprint": fingerprint(table), **span}}
 
-# %% ../../nbs/models/21_datasets.ipynb #863460cb
+# %% ../../nbs/models/21_datasets.ipynb #8b19e78c
 VALIDATION_SHARE = 0.4
 
 
@@ -135,7 +144,7 @@ def calculate_dynamic_wf_kwargs(
     sizes = {"folds": folds, "val_length": length, "train_length": n_rows - folds * length - hole, "step": length}
     return sizes | {"horizon": horizon, "embargo": embargo, "train_window": train_window}
 
-# %% ../../nbs/models/21_datasets.ipynb #ae879cbc
+# %% ../../nbs/models/21_datasets.ipynb #78cde633
 def _check_sizes(n_rows: int, chunk: int, hole: int, folds: int, val_length: int | None) -> None:
     if val_length is not None and val_length < chunk:
         todo = f"Use at least {chunk}: the longest input chunk and the horizon."
@@ -145,7 +154,7 @@ def _check_sizes(n_rows: int, chunk: int, hole: int, folds: int, val_length: int
         todo = "Load more data, or use fewer folds, a shorter validation window or a shorter input chunk."
         raise DataError(f"{folds} folds need at least {needed} rows", received=n_rows, next_step=todo)
 
-# %% ../../nbs/models/21_datasets.ipynb #6be49bde
+# %% ../../nbs/models/21_datasets.ipynb #73359446
 def get_walk_forward_splits(
     df: pd.DataFrame,  # rows by rising time
     **wf_kwargs: Any,  # arguments of `WalkForwardSplit`, as `calculate_dynamic_wf_kwargs` returns them
@@ -154,7 +163,7 @@ def get_walk_forward_splits(
     for train, val in WalkForwardSplit(**wf_kwargs).split(df):
         yield df.iloc[train], df.iloc[val]
 
-# %% ../../nbs/models/21_datasets.ipynb #d15c4106
+# %% ../../nbs/models/21_datasets.ipynb #ac598093
 @dataclass(frozen=True)
 class DartsFold:
     """A fold as scaled float32 series: lists of contiguous segments, target and features side by side."""
@@ -166,7 +175,7 @@ class DartsFold:
     transformer: FeatureTransformer  # fitted on the training rows
     truth: pd.DataFrame  # close and target, unscaled, of the validation rows and the rows before them
 
-# %% ../../nbs/models/21_datasets.ipynb #9204314f
+# %% ../../nbs/models/21_datasets.ipynb #7592b721
 def prepare_darts_timeseries(
     train_df: pd.DataFrame,  # training rows, with target and features
     val_df: pd.DataFrame,  # validation rows
@@ -192,7 +201,7 @@ def prepare_darts_timeseries(
             raise DataError(problem, received=shortest, next_step="Fill the gaps, or use a longer window.")
     return DartsFold(fold, *sides.values(), lookback, transformer, around[list({"close": 0, target_col: 0})])
 
-# %% ../../nbs/models/21_datasets.ipynb #762356fa
+# %% ../../nbs/models/21_datasets.ipynb #d72719fd
 def _fitted(train_df: pd.DataFrame, groups: FeatureGroups, target_col: str) -> FeatureTransformer:
     transformer = create_feature_transformer(groups, target_col=target_col).fit(train_df)
     if transformer.target_scaler.var_[0] == 0:
@@ -202,7 +211,7 @@ def _fitted(train_df: pd.DataFrame, groups: FeatureGroups, target_col: str) -> F
         )
     return transformer
 
-# %% ../../nbs/models/21_datasets.ipynb #338f6823
+# %% ../../nbs/models/21_datasets.ipynb #48bd2499
 def _pairs(table: pd.DataFrame, transformer: FeatureTransformer, target_col: str, features: list[str], timeframe: str):
     if table.empty:
         return []
@@ -220,7 +229,7 @@ def _pair(part: pd.DataFrame, target_col: str, features: list[str], timeframe: s
 def _series(times: pd.DatetimeIndex, values: pd.DataFrame) -> TimeSeries:
     return TimeSeries(times, values.to_numpy("float32"), components=list(values.columns))
 
-# %% ../../nbs/models/21_datasets.ipynb #28c441b3
+# %% ../../nbs/models/21_datasets.ipynb #8f07b83f
 def _long_enough(pairs: list[tuple[TimeSeries, TimeSeries]], rows: int) -> list[tuple[TimeSeries, TimeSeries]]:
     return [pair for pair in pairs if len(pair[0]) >= rows]
 

@@ -92,7 +92,11 @@ def labelled_rows(
     labels = make_labels(bars, timeframe=timeframe, horizons=settings.horizons, barriers=settings.barriers)
     rows = complete.merge(labels, on="ts", how="left")
     rows = rows[rows[[f"label_h{h}" for h in settings.horizons]].notna().any(axis=1)].reset_index(drop=True)
-    return rows, _losses(bars, features, len(complete), len(rows))
+    losses = _losses(bars, features, len(complete), len(rows))
+    if rows.empty:
+        todo = "Get bars with fewer gaps, or use a shorter horizon or features with a shorter warm-up."
+        raise DataError("no row has both its features and a label", received=losses, next_step=todo)
+    return rows, losses
 
 # %% ../../nbs/models/21a_partition.ipynb #603259a2
 def _losses(bars: pd.DataFrame, features: pd.DataFrame, complete: int, labelled: int) -> dict[str, int]:

@@ -21,7 +21,8 @@ from ..core.errors import ConfigError
 from ..core.runs import atomic_write, fingerprint, write_manifest
 from ..data.database import Database
 from ..data.features import bounds_of, group_of
-from ..data.store import connect, read_bars
+from ..data.store import read_bars
+from ..data.tables import connect
 from ..data.weights import average_uniqueness
 from .partition import PARTS, DataSettings, Partition, label_positions, partition_bars
 

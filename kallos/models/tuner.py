@@ -24,8 +24,8 @@ from ..core.errors import TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.metrics import score_forecasts
 from ..core.runs import derive_seed, fingerprint, seed_everything, write_json, write_manifest
+from ..data.database import to_url
 from ..data.splits import FoldBounds, WalkForwardSplit
-from ..data.store import to_url
 from . import studies
 from .architectures import MODELS, check_horizon, longest_input, suggest_hyperparameters
 from .datasets import DartsFold, calculate_dynamic_wf_kwargs, data_record, load_table, warn_without_test

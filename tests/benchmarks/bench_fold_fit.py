@@ -17,8 +17,8 @@ from torch import nn
 from kallos.core.config import TuneSettings
 from kallos.core.devices import resolve_device
 from kallos.data.features import compute_features
-from kallos.data.sample import sample_bars
 from kallos.data.files import read_bars_file
+from kallos.data.sample import sample_bars
 from kallos.data.splits import WalkForwardSplit
 from kallos.models.architectures import longest_input
 from kallos.models.datasets import DartsFold, add_target, calculate_dynamic_wf_kwargs

