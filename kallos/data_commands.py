@@ -147,11 +147,10 @@ def fetch(
     from kallos.data.fetch import fetch_bars
     from kallos.data.tables import connect
 
-    given["timeframes"] = given.get("timeframes", ["1d"])
-    given |= {"url": given.pop("exchange_url", None), "asset_ids": _names_of(given, given["symbols"])}
+    given |= {"timeframes": given.get("timeframes", ["1d"]), "asset_ids": _names_of(given, given["symbols"])}
     engine = connect(given.pop("db_url", None))
     with _Bars() as bars:
-        found = fetch_bars(engine, progress=bars.tell, **given)
+        found = fetch_bars(engine, url=given.pop("exchange_url", None), progress=bars.tell, **given)
     typer.echo("\n".join(text.text() for one in found for text in (one, *one.reports)))
     names = [f"--asset-id {one.asset_id} --timeframe {one.series}" for one in found if one.series != "funding"]
     tell_next(*(f"kallos-run features {name}" for name in names))
