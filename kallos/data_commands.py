@@ -148,9 +148,9 @@ def fetch(
     from kallos.data.tables import connect
 
     given |= {"timeframes": given.get("timeframes", ["1d"]), "asset_ids": _names_of(given, given["symbols"])}
-    engine = connect(given.pop("db_url", None))
+    engine, url = connect(given.pop("db_url", None)), given.pop("exchange_url", None)
     with _Bars() as bars:
-        found = fetch_bars(engine, url=given.pop("exchange_url", None), progress=bars.tell, **given)
+        found = fetch_bars(engine, url=url, progress=bars.tell, **given)
     typer.echo("\n".join(text.text() for one in found for text in (one, *one.reports)))
     names = [f"--asset-id {one.asset_id} --timeframe {one.series}" for one in found if one.series != "funding"]
     tell_next(*(f"kallos-run features {name}" for name in names))
@@ -205,10 +205,7 @@ def features(
         key = {"asset_id": name, "timeframe": given["timeframe"]}
         done = refresh_features(engine, **key, full=given.get("full", False))
         table = read_features(engine, **key, columns=[])
-        _tell_features(name, done, len(table))
-        end = f"--end-date {table['ts'].iloc[len(table) * 4 // 5]:%Y-%m-%d}"  # a fifth of the rows is left to test on
-        where = "--asset-id {asset_id} --timeframe {timeframe}".format(**key)
-        tell_next(f"kallos-run tune {where} --output-path reports/{name}/{given['timeframe']} {end} --n-trials 20")
+        _tell_features(name, given["timeframe"], done, table)
 
 # %% ../nbs/59b_data_commands.ipynb #529597f2
 def _register_own(given: dict[str, Any]) -> None:
@@ -218,14 +215,17 @@ def _register_own(given: dict[str, Any]) -> None:
         typer.echo(f"own features: {', '.join(register_own_features(given.pop('own_features')))}")
 
 
-def _tell_features(name: str, done: Any, rows: int) -> None:
+def _tell_features(name: str, timeframe: str, done: Any, table: Any) -> None:
     fresh = "all computed" if done.rows else "all known already"
     if done.rows and done.since is not None:
         fresh = f"{done.rows} computed, from the bar of {done.since:%Y-%m-%d %H:%M}"
     typer.echo(
-        f"{name}: {rows} rows of {done.bars} bars (the others warm the features up, after each gap anew), "
+        f"{name}: {len(table)} rows of {done.bars} bars (the others warm the features up, after each gap anew), "
         f"{done.columns} columns; {fresh}"
     )
+    end = f"--end-date {table['ts'].iloc[len(table) * 4 // 5]:%Y-%m-%d}"  # a fifth of the rows is left to test on
+    where = f"--asset-id {name} --timeframe {timeframe} --output-path reports/{name}/{timeframe}"
+    tell_next(f"kallos-run tune {where} {end} --n-trials 20")
 
 # %% ../nbs/59b_data_commands.ipynb #47109b51
 _SPLITS = "horizons labels profit_taking stop_loss volatility_window weighting oldest_weight"
