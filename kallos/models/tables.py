@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 
 from ..core.config import as_parameters, project_root
@@ -110,7 +111,7 @@ def extent_table(
 def class_table(
     partition: Partition,  # the rows
 ) -> pd.DataFrame:
-    """One row a part and horizon: labelled rows, shares of down, flat and up, mean return, independent labels."""
+    """One row a part and horizon: labelled rows, shares of down, flat and up, mean returns, independent labels."""
     pairs = ((part, h) for part in partition.tables for h in partition.settings.horizons)
     return pd.DataFrame([{"part": part, "horizon": h} | _classes(partition, part, h) for part, h in pairs])
 
@@ -121,7 +122,10 @@ def _classes(partition: Partition, part: str, h: int) -> dict[str, object]:
     label, moved = table.loc[known, f"label_h{h}"], table.loc[known, f"return_h{h}"]
     shares = {name: f"{(label == side).mean():.1%}" for name, side in (("down", -1), ("flat", 0), ("up", 1))}
     worth = round(average_uniqueness(begin, end).sum())
-    return {"rows": len(label), **shares, "mean return": f"{moved.mean():+.3%}", "independent": worth}
+    log_close = np.log(partition.bars["close"].to_numpy())
+    held = (log_close[begin + h] - log_close[begin]).mean()  # a label has its h bars, so they are there
+    means = {"mean return": f"{moved.mean():+.3%}", "mean if held": f"{held:+.3%}"}
+    return {"rows": len(label), **shares, **means, "independent": worth}
 
 # %% ../../nbs/models/21b_tables.ipynb #58b473be
 def feature_table(
@@ -139,7 +143,11 @@ def feature_table(
         rows.append({"feature": name, "group": group, "bounds": limits, **ranges})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/models/21b_tables.ipynb #7bfc594a
+# %% ../../nbs/models/21b_tables.ipynb #b82d1aa4
+_HELD = """`mean return` is what the label's position made, `mean if held` what it had made over the whole horizon;
+`independent` counts labels that overlap as parts of one."""
+
+
 def _gap_lines(partition: Partition) -> list[str]:
     gaps = partition.gaps
     if gaps.empty:
@@ -152,12 +160,15 @@ def _gap_lines(partition: Partition) -> list[str]:
 
 def _label_line(settings: DataSettings) -> str:
     if settings.barriers is None:
-        return "A label is the sign of the log return over the horizon."
+        return f"A label is the sign of the log return over the horizon.\n{_HELD}"
     barriers = f"{settings.profit_taking:g} and {settings.stop_loss:g} units"
     unit = f"volatility of {settings.volatility_window} bars times the root of the horizon"
-    return f"Triple barrier: profit and loss at {barriers} ({unit}); in one bar both count as a loss."
+    return (
+        f"Triple barrier: profit and loss at {barriers} ({unit}); in one bar both count as a loss, which costs.\n"
+        + _HELD
+    )
 
-# %% ../../nbs/models/21b_tables.ipynb #77f6bc84
+# %% ../../nbs/models/21b_tables.ipynb #730ac9a9
 _COLUMNS = """Times are UTC, numbers float64. In `train`, `val`, `test`:
 
 - `ts`: the close of the bar, when its row is known and a forecast is made;
@@ -167,7 +178,7 @@ _COLUMNS = """Times are UTC, numbers float64. In `train`, `val`, `test`:
 
 In Python, `kallos.models.TimeSeriesDataContainer.load(folder)` gives them as pandas, numpy, torch or darts."""
 
-# %% ../../nbs/models/21b_tables.ipynb #7fef1280
+# %% ../../nbs/models/21b_tables.ipynb #0a553dc5
 def report_text(
     partition: Partition,  # the rows
 ) -> str:
@@ -191,7 +202,7 @@ def report_text(
     texts = ("\n".join([title, "", *lines]) for title, lines in chapters.items())
     return "# " + "\n\n## ".join(texts) + "\n"
 
-# %% ../../nbs/models/21b_tables.ipynb #a399b067
+# %% ../../nbs/models/21b_tables.ipynb #604972be
 @dataclass(frozen=True)
 class BuiltTables:
     """What lies on disk now."""
@@ -207,7 +218,7 @@ class BuiltTables:
         left_out = int(self.extent[["purged", "embargoed"]].to_numpy().sum())
         return "\n".join([*lines, f"{left_out} rows purged or embargoed between them", f"{self.folder / REPORT_FILE}"])
 
-# %% ../../nbs/models/21b_tables.ipynb #54b29e5b
+# %% ../../nbs/models/21b_tables.ipynb #c34f4b42
 def _record(table: pd.DataFrame) -> dict[str, object]:
     return {
         "fingerprint": fingerprint(table),
@@ -228,7 +239,7 @@ def _write_files(partition: Partition, folder: Path) -> list[Path]:
         file.write(report_text(partition))
     return sorted(folder.iterdir())
 
-# %% ../../nbs/models/21b_tables.ipynb #98523940
+# %% ../../nbs/models/21b_tables.ipynb #388f3f09
 def write_tables(
     partition: Partition,  # the rows
 ) -> BuiltTables:
@@ -249,7 +260,7 @@ def write_tables(
         )
     return BuiltTables(folder, folder / MANIFEST_FILE, extent, report_text(partition))
 
-# %% ../../nbs/models/21b_tables.ipynb #db091c05
+# %% ../../nbs/models/21b_tables.ipynb #0ce854a0
 def build_tables(
     settings: DataSettings,  # which bars, features, labels and borders, and where the tables go
     *,
