@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_stamps', 'read_numbers']
 
-# %% ../../nbs/data/10h_cells.ipynb #b34b1609
+# %% ../../nbs/data/10h_cells.ipynb #14bff273
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ..core.errors import DataError
 
-# %% ../../nbs/data/10h_cells.ipynb #69a49899
+# %% ../../nbs/data/10h_cells.ipynb #6497c5d0
 _UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 _LIMITS = [10**11, 10**14, 10**17]
 _SINCE = np.datetime64("2009-01-03", "us"), np.datetime64("2100-01-01", "us")
@@ -36,7 +36,7 @@ def _from_epoch(numbers: np.ndarray) -> tuple[np.ndarray, set[str]]:
 def _plausible(moments: np.ndarray) -> np.ndarray:
     return np.where((moments >= _SINCE[0]) & (moments < _SINCE[1]), moments, np.datetime64("NaT", "us"))
 
-# %% ../../nbs/data/10h_cells.ipynb #a27aa767
+# %% ../../nbs/data/10h_cells.ipynb #fe613bde
 _HALF_DAY = (
     r"^(?P<day>\d{4}-\d\d-\d\d) +(?P<hour>\d\d?)(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))?[- ]?(?P<half>[AaPp])[Mm]$"
 )
@@ -59,7 +59,7 @@ def _from_iso(text: pa.Array) -> np.ndarray:
     moments = pd.to_datetime(text.to_pandas(), utc=True, format="ISO8601", errors="coerce")
     return _plausible(moments.dt.tz_localize(None).to_numpy().astype("datetime64[us]"))
 
-# %% ../../nbs/data/10h_cells.ipynb #beed4786
+# %% ../../nbs/data/10h_cells.ipynb #b5b5f002
 _ISO_TYPES = (pa.timestamp("ns"), pa.timestamp("ns", tz="UTC"))
 
 
@@ -76,7 +76,7 @@ def _from_text(text: pa.Array) -> tuple[np.ndarray, set[str]]:
                 continue
     return _from_mixed_text(text)
 
-# %% ../../nbs/data/10h_cells.ipynb #1e7e5b89
+# %% ../../nbs/data/10h_cells.ipynb #b98be108
 def _from_mixed_text(text: pa.Array) -> tuple[np.ndarray, set[str]]:
     """Times of rows that are written in several ways."""
     text = pc.replace_substring_regex(text, r"^(\d{4})[/.](\d\d)[/.](\d\d)", r"\1-\2-\3")
@@ -95,7 +95,7 @@ def _from_mixed_text(text: pa.Array) -> tuple[np.ndarray, set[str]]:
         moments = np.where(np.isnat(moments), other, moments)
     return moments, set().union(*(kinds for times, kinds in found if not np.isnat(times).all()))
 
-# %% ../../nbs/data/10h_cells.ipynb #80fd3084
+# %% ../../nbs/data/10h_cells.ipynb #72508b8b
 def read_stamps(
     values: pa.Array,  # (n) text, numbers, dates or times
 ) -> tuple[np.ndarray, set[str]]:
@@ -116,7 +116,7 @@ def read_stamps(
         return _from_epoch(pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False))
     return _from_text(pc.cast(values, pa.string()))
 
-# %% ../../nbs/data/10h_cells.ipynb #d3c11e4b
+# %% ../../nbs/data/10h_cells.ipynb #5d0f5460
 def read_numbers(
     values: pa.Array,  # (n) numbers or text
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +136,7 @@ def read_numbers(
         todo = "Say with --map which column holds the numbers."
         raise DataError("a column that should hold numbers holds something else", str(values.type), todo) from None
 
-# %% ../../nbs/data/10h_cells.ipynb #006dc944
+# %% ../../nbs/data/10h_cells.ipynb #ab6a3a1e
 _NUMBER = r"^(?i:-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-?inf(inity)?|nan)$"
 
 
