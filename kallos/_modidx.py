@@ -440,6 +440,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'kallos.data.ingest._one_series': ('data/ingest.html#_one_series', 'kallos/data/ingest.py'),
                                     'kallos.data.ingest._repaired': ('data/ingest.html#_repaired', 'kallos/data/ingest.py'),
                                     'kallos.data.ingest._rows_of': ('data/ingest.html#_rows_of', 'kallos/data/ingest.py'),
+                                    'kallos.data.ingest._rows_of_one': ('data/ingest.html#_rows_of_one', 'kallos/data/ingest.py'),
                                     'kallos.data.ingest.ingest_files': ('data/ingest.html#ingest_files', 'kallos/data/ingest.py'),
                                     'kallos.data.ingest.load_repair_report': ( 'data/ingest.html#load_repair_report',
                                                                                'kallos/data/ingest.py')},

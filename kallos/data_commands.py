@@ -92,16 +92,17 @@ def ingest(
 ) -> None:
     """Write the bars of files, as exchanges and vendors provide them, into the database, checked and repaired."""
     from kallos.core.config import project_root
+    from kallos.data.assets import list_assets
     from kallos.data.files import find_files
     from kallos.data.ingest import ingest_files
     from kallos.data.tables import connect
 
     files = find_files(given.pop("files", None) or [_raw_folder(project_root())])
-    given["mapping"], db_url = _mapping(given), given.pop("db_url", None)
+    given["mapping"], engine = _mapping(given), connect(given.pop("db_url", None))
     with _bar("reading") as progress:
-        found = ingest_files(connect(db_url), files, progress=_bytes_of(progress), **given)
+        found = ingest_files(engine, files, progress=_bytes_of(progress), **given)
     for one in found:
-        _tell_ingested(one)
+        _tell_ingested(one, list_assets(engine))
     tell_next(*(f"kallos-run features --asset-id {one.asset_id} --timeframe {given['timeframe']}" for one in found))
 
 # %% ../nbs/59b_data_commands.ipynb #c50137d2
@@ -118,8 +119,8 @@ def _bytes_of(bar: Any) -> Any:
 
     return tell
 
-# %% ../nbs/59b_data_commands.ipynb #ffebcda6
-def _tell_ingested(one: Any) -> None:
+# %% ../nbs/59b_data_commands.ipynb #84e6636b
+def _tell_ingested(one: Any, stored: Any) -> None:
     from kallos.core.config import project_root
     from kallos.data.rules import RULES
     from kallos.data.sources import recognised_text
@@ -128,6 +129,10 @@ def _tell_ingested(one: Any) -> None:
     typer.echo(one.repair.text())
     span = _span(one.repair.first, one.repair.last)
     _tell_written(f"{one.asset_id} {one.repair.timeframe}: {one.repair.bars} bars, {span}", one.written)
+    mine = stored[(stored["asset_id"] == one.asset_id) & (stored["timeframe"] == one.repair.timeframe)]
+    if len(mine) and mine["bars"].iloc[0] != one.repair.bars:
+        held = f"{mine['bars'].iloc[0]} bars, {_span(mine['first'].iloc[0], mine['last'].iloc[0])}"
+        typer.echo(f"The database now holds {held}: nothing that was stored is taken away; --replace does that first.")
     if sum(one.repair.counts.get(rule, 0) for rule in RULES if RULES[rule].remedy == "quarantined"):
         typer.echo("Rows kept out, with the reason: kallos.data.records.read_quarantine, or nbs/explore.ipynb")
     typer.echo(f"Repair report: {one.save(project_root() / 'reports' / 'ingest')}")

@@ -65,7 +65,9 @@ _FETCH = {
 # %% ../nbs/59_options.ipynb #50fd8358
 _TABLES = {
     "full": _flag("--full", "Compute all rows again, not only what new bars concern."),
-    "own_features": _option(Path, "Python file that registers your own features; it is run."),
+    "own_features": _option(
+        Path, "Python file that registers your own features; it is run. `data` uses those that --feature-groups names."
+    ),
     "bars_start": _option(str, "No bar opens before, UTC.", "the first bar", name="--start"),
     "bars_end": _option(str, "Every bar has closed by then, UTC.", "the last bar", name="--end"),
     "horizons": _option(str, "Bars ahead, a set of labels each.", "1,5,20"),

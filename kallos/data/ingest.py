@@ -8,7 +8,7 @@ __all__ = ['Ingested', 'load_repair_report', 'ingest_files']
 # %% ../../nbs/data/12d_ingest.ipynb #6ada70c6
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -127,7 +127,7 @@ def _nameless(raw: pd.DataFrame) -> pd.DataFrame:
     named = [source for source in silent["source"].unique() if symbols_of(silent[silent["source"] == source][:1])]
     return silent[~silent["source"].isin(named)]
 
-# %% ../../nbs/data/12d_ingest.ipynb #af483704
+# %% ../../nbs/data/12d_ingest.ipynb #8e8ea7de
 def ingest_files(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     paths: Iterable[str | Path],  # files, folders and globs
@@ -160,7 +160,16 @@ def _check_names(asset_id: str | None, allow_batch_symbols: bool) -> None:
         todo = "Add --asset-id, or --allow-batch-symbols to store each symbol under its own name."
         raise ConfigError("the instrument has no name", next_step=todo)
 
-# %% ../../nbs/data/12d_ingest.ipynb #953686ba
+# %% ../../nbs/data/12d_ingest.ipynb #6038158a
+def _rows_of_one(stream: Iterable[pd.DataFrame], symbol: str, sources: set[str]) -> Iterator[pd.DataFrame]:
+    """The rows of one symbol, chunk by chunk; the names of their files are added to `sources`."""
+    for raw in stream:
+        mine = _rows_of(raw, symbol)
+        sources.update(mine["source"].unique())
+        if len(mine):
+            yield mine
+
+# %% ../../nbs/data/12d_ingest.ipynb #6bb7321b
 def _each_symbol(job: "_Job", progress: Progress | None) -> list[Ingested]:
     with job.stream(progress) as stream:
         symbols = sorted(stream.symbols)
@@ -173,7 +182,9 @@ def _each_symbol(job: "_Job", progress: Progress | None) -> list[Ingested]:
         raise DataError(problem, first, "Write it there, or ingest the file by itself under --asset-id.")
     done = []
     for symbol in symbols:
+        sources: set[str] = set()
         with job.stream() as stream:
-            rows = (mine for raw in stream if len(mine := _rows_of(raw, symbol)))
-            done.append(job.stored(_asset_of(symbol), stream.recognised, rows, what=symbol))
+            rows = _rows_of_one(stream, symbol, sources)
+            one = job.stored(_asset_of(symbol), stream.recognised, rows, what=symbol)
+        done.append(replace(one, recognised=[seen for seen in one.recognised if seen.source in sources]))
     return done
