@@ -527,6 +527,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'kallos.data.records.write_funding': ('data/records.html#write_funding', 'kallos/data/records.py')},
             'kallos.data.refresh': { 'kallos.data.refresh.Refreshed': ('data/refresh.html#refreshed', 'kallos/data/refresh.py'),
                                      'kallos.data.refresh._columns': ('data/refresh.html#_columns', 'kallos/data/refresh.py'),
+                                     'kallos.data.refresh._lacking': ('data/refresh.html#_lacking', 'kallos/data/refresh.py'),
                                      'kallos.data.refresh.refresh_features': ( 'data/refresh.html#refresh_features',
                                                                                'kallos/data/refresh.py'),
                                      'kallos.data.refresh.register_own_features': ( 'data/refresh.html#register_own_features',

@@ -228,6 +228,8 @@ def _tell_features(name: str, timeframe: str, done: Any, table: Any) -> None:
         f"{name}: {len(table)} rows of {done.bars} bars (the others warm the features up, after each gap anew), "
         f"{done.columns} columns; {fresh}"
     )
+    for column, bars in done.lacking.items():
+        typer.echo(f"  {bars} bars have no {column}, which a feature reads: they have no row")
     end = f"--end-date {table['ts'].iloc[len(table) * 4 // 5]:%Y-%m-%d}"  # a fifth of the rows is left to test on
     where = f"--asset-id {name} --timeframe {timeframe} --output-path reports/{name}/{timeframe}"
     tell_next(f"kallos-run tune {where} {end} --n-trials 20")

@@ -27,12 +27,19 @@ class Refreshed:
     bars: int
     columns: int
     since: pd.Timestamp | None
+    lacking: dict[str, int]  # bars without a value that a feature reads and other bars have: no rows of features
+
+
+def _lacking(bars: pd.DataFrame) -> dict[str, int]:
+    read = {name for feature in registered().values() for name in feature.inputs}
+    empty = bars[[name for name in BAR_COLUMNS if name in bars and name in read]].isna().sum()
+    return {name: int(count) for name, count in empty[empty > 0].items()}
 
 
 def _columns(bars: pd.DataFrame) -> set[str]:
     return {name for name in BAR_COLUMNS if name in bars} | {*registered()}
 
-# %% ../../nbs/data/13e_refresh.ipynb #39eb320f
+# %% ../../nbs/data/13e_refresh.ipynb #80a8aae5
 def refresh_features(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,
@@ -44,16 +51,15 @@ def refresh_features(
     key = {"asset_id": asset_id, "timeframe": timeframe}
     seen, since = bar_changes(engine, **key), stale_from(engine, **key)  # before the bars: what comes now stays stale
     bars = read_bars(engine, **key)
-    columns = _columns(bars)
-    if full or {*stored_features(engine, **key)} != columns:
-        table = compute_features(bars, timeframe=timeframe)
-        return Refreshed(write_features(engine, table, **key, seen=seen), len(bars), len(columns), None)
-    if since is None:
-        return Refreshed(0, len(bars), len(columns), bars["ts"].iloc[-1])
-    table = compute_features(bars, timeframe=timeframe, since=since)
-    return Refreshed(write_features(engine, table, **key, since=since, seen=seen), len(bars), len(columns), since)
+    columns, rows = _columns(bars), 0
+    known = not full and {*stored_features(engine, **key)} == columns
+    if not known or since is not None:
+        since = since if known else None
+        table = compute_features(bars, timeframe=timeframe, since=since)
+        rows = write_features(engine, table, **key, since=since, seen=seen)
+    return Refreshed(rows, len(bars), len(columns), since, _lacking(bars))
 
-# %% ../../nbs/data/13e_refresh.ipynb #3f21330e
+# %% ../../nbs/data/13e_refresh.ipynb #b71e5e9b
 def register_own_features(
     file: str | Path,  # a Python file that registers features when it is run
 ) -> list[str]:
