@@ -146,7 +146,7 @@ WRONG = {
     "no such option": (("tune", "--n-trails", "3"), "No such option: --n-trails"),
     "a value is missing": (("features", "--timeframe", "1d"), "Missing option '--asset-id'"),
     "no name": (("ingest", "good.csv", "--timeframe", "1d"), "the instrument has no name"),
-    "two symbols": (("ingest", "two.csv", *BTC), "two.csv holds several instruments; got 'BTCUSDT, ETHUSDT'"),
+    "two symbols": (("ingest", "two.csv", *BTC), "two.csv: several instruments; got 'BTCUSDT, ETHUSDT'"),
     "no mapping": (("ingest", "good.csv", *BTC, "--map", "volume"), "--map takes column=name"),
     "unknown column": (("ingest", "good.csv", *BTC, "--map", "volume=amount"), "no column for --map volume=amount"),
     "wrong distance": (("ingest", "days.csv", "--asset-id", "X", "--timeframe", "1h"), "most bars are 1d apart"),

@@ -105,7 +105,7 @@ def _one_series(job: _Job, asset_id: str, progress: Progress | None) -> Ingested
     with job.stream(progress) as stream:
         if len(stream.symbols) > 1:
             todo = "Ingest them one by one, or add --allow-batch-symbols to store each as an asset of its own."
-            raise DataError(f"{what} holds several instruments", ", ".join(sorted(stream.symbols)), todo)
+            raise DataError(f"{what}: several instruments", ", ".join(sorted(stream.symbols)), todo)
         return job.stored(asset_id, stream.recognised, stream, what=what)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['broken_file', 'open_bytes', 'JsonRows']
 
-# %% ../../nbs/data/10i_streams.ipynb #001b5a94
+# %% ../../nbs/data/10i_streams.ipynb #a706f820
 import io
 import re
 import zipfile
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ..core.errors import DataError
 
-# %% ../../nbs/data/10i_streams.ipynb #9922fb98
+# %% ../../nbs/data/10i_streams.ipynb #0340d52b
 _BROKEN = (OSError, EOFError, UnicodeError, pa.ArrowException, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
@@ -30,10 +30,12 @@ def broken_file(
     try:
         yield
     except _BROKEN as error:
+        if isinstance(error, FileNotFoundError):
+            raise DataError("there is no such file", source, "Check the path.") from None
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"cannot read a table of bars ({said})", source, "Check the path, or get it again.") from None
 
-# %% ../../nbs/data/10i_streams.ipynb #ef33ddc9
+# %% ../../nbs/data/10i_streams.ipynb #8aa0cd42
 @contextmanager
 def open_bytes(
     path: Path,  # a plain file, a .gz or a .zip
@@ -50,7 +52,7 @@ def open_bytes(
         packed = path.name.lower().endswith(".gz")
         yield (stack.enter_context(pa.CompressedInputStream(raw, "gzip")) if packed else raw), raw.tell
 
-# %% ../../nbs/data/10i_streams.ipynb #26455810
+# %% ../../nbs/data/10i_streams.ipynb #69b56f7e
 def _json_lines(stream: io.IOBase) -> Iterator[bytes]:
     text, begun = b"", False
     while chunk := stream.read(1 << 20):
@@ -66,7 +68,7 @@ def _json_lines(stream: io.IOBase) -> Iterator[bytes]:
     if not end:
         raise pa.ArrowInvalid("the JSON ends in the middle of its rows")
 
-# %% ../../nbs/data/10i_streams.ipynb #ccd4a046
+# %% ../../nbs/data/10i_streams.ipynb #2656bdf2
 def _dense(text: bytes) -> bytes:
     """The JSON without space around its brackets and commas."""
     return re.sub(rb"\s*([\[\],])\s*", rb"\1", text) if re.search(rb"[\[\],]\s|\s[\[\],]", text) else text
@@ -80,7 +82,7 @@ def _json_begun(text: bytes) -> bytes:
         )
     return text[begin.end() :] if begin[1] == b"[" else b"]]"
 
-# %% ../../nbs/data/10i_streams.ipynb #23fb85a0
+# %% ../../nbs/data/10i_streams.ipynb #bb48ad0c
 class JsonRows:
     """A JSON list of rows as a stream of CSV without header; ArrowInvalid where it is none or has no end."""
 
