@@ -294,20 +294,14 @@ def audit(
         columns = ", ".join(dict.fromkeys(found.findings["column"]))
         raise LeakFound("the audit found a leak", received=columns, next_step="The lines above name the rows.")
 
-# %% ../nbs/59b_data_commands.ipynb #9fb22002
+# %% ../nbs/59b_data_commands.ipynb #6aabe266
 def _audit_options(given: dict[str, Any]) -> dict[str, Any]:
-    found = {name: given[name] for name in ("asset_id", "timeframe", "seed") if name in given}
+    from kallos.models.partition import RowSettings
+
+    typed = {name: given[name] for name in ("asset_id", "timeframe", "horizons") if name in given}
+    found = {name: getattr(RowSettings.from_values(typed, source="the options"), name) for name in typed}
     lists = {"names": "features", "probes": "probes"}
     found |= {to: [one.strip() for one in given[name].split(",")] for to, name in lists.items() if name in given}
-    if "tables_folder" in given:
-        found["folder"] = given["tables_folder"]
-    if "horizons" in given:
-        found["horizons"] = _numbers(given["horizons"])
-    return found
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ConfigError("horizons are numbers of bars", received=text, next_step="Write them as 1,5,20.")
-    return [int(part) for part in parts]
+    return found | {
+        to: given[name] for to, name in {"folder": "tables_folder", "seed": "seed"}.items() if name in given
+    }

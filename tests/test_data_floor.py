@@ -17,8 +17,8 @@ from exchange_server import Listing, candles, serving
 from kallos.data.assets import list_assets
 from kallos.data.bars import gap_map, resample_bars
 from kallos.data.ingest import load_repair_report
+from kallos.data.ledger import read_back
 from kallos.data.records import read_funding, read_quarantine, read_repairs
-from kallos.data.repair import read_back
 from kallos.data.sample import sample_bars
 from kallos.data.store import read_bars, read_features
 from kallos.data.tables import connect

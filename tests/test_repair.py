@@ -14,7 +14,9 @@ from kallos.core.errors import DataError
 from kallos.core.schemas import BAR_COLUMNS, BARS, PRICE_COLUMNS, check_table
 from kallos.data.bars import check_bars, resample_bars
 from kallos.data.files import read_raw
-from kallos.data.repair import Repair, Repaired, RepairReport, read_back, repair_bars
+from kallos.data.findings import RepairReport
+from kallos.data.ledger import Repaired, read_back
+from kallos.data.repair import Repair, repair_bars
 from kallos.data.rules import RULES
 from kallos.data.sample import sample_bars
 

@@ -59,6 +59,7 @@ __getattr__, __dir__, __all__ = lazy(
         "repair": (
             "Repair",
             "repair_bars",
+            "repair_chunks",
         ),
         "cells": (
             "read_numbers",
@@ -153,7 +154,6 @@ __getattr__, __dir__, __all__ = lazy(
             "nothing_found",
         ),
         "records": (
-            "last_funding",
             "read_funding",
             "read_quarantine",
             "read_repairs",
@@ -164,7 +164,6 @@ __getattr__, __dir__, __all__ = lazy(
             "BarBatch",
             "bar_batch",
             "bar_changes",
-            "last_bar",
             "read_bars",
             "read_features",
             "stale_from",

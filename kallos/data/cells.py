@@ -125,16 +125,19 @@ def read_numbers(
         values = values.dictionary_decode()
     if pa.types.is_decimal(values.type):  # the direct way to a float is off by a bit in every fourth value
         values = pc.cast(values, pa.string())
+    if not _may_be_numbers(values.type):
+        todo = "Say with --map which column holds the numbers."
+        raise DataError("a column that should hold numbers holds something else", str(values.type), todo)
     try:
-        if pa.types.is_boolean(values.type):
-            raise pa.ArrowNotImplementedError
         found = values if pa.types.is_float64(values.type) else pc.cast(values, pa.float64(), safe=False)
         return found.to_numpy(zero_copy_only=False), np.zeros(len(values), bool)
     except pa.ArrowInvalid:
         return _from_any_text(values)
-    except pa.ArrowNotImplementedError:
-        todo = "Say with --map which column holds the numbers."
-        raise DataError("a column that should hold numbers holds something else", str(values.type), todo) from None
+
+
+def _may_be_numbers(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    return any(test(kind) for test in tests)
 
 # %% ../../nbs/data/10h_cells.ipynb #ab6a3a1e
 _NUMBER = r"^(?i:-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-?inf(inity)?|nan)$"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Fetched', 'fetch_bars']
 
-# %% ../../nbs/data/12e_fetch.ipynb #84fa7029
+# %% ../../nbs/data/12e_fetch.ipynb #aa6969ff
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -24,11 +24,12 @@ from .database import reading
 from .exchange import open_exchange
 from .pages import Instrument, check_timeframe, exchange_now, fetch_pages, find_instruments
 
-# %% ../../nbs/data/12e_fetch.ipynb #994ec589
+# %% ../../nbs/data/12e_fetch.ipynb #bbc5e481
+from .findings import RepairReport
 from .merging import WriteReport
 from .pages import fetch_funding_pages
 from .records import write_funding
-from .repair import Repair, RepairReport
+from .repair import Repair, repair_chunks
 from .store import bar_batch
 from .tables import BARS, FUNDING
 
@@ -108,29 +109,20 @@ def _begun(job: _Job, since: pd.Timestamp | None) -> Fetched:
         raise ConfigError("nothing is stored that a fetch could go on from", job.instrument.asset_id, todo)
     return Fetched(job.instrument.symbol, job.instrument.asset_id, job.series, since, job.until, since)
 
-# %% ../../nbs/data/12e_fetch.ipynb #ead2d8b5
-def _and_last(pages: Iterator[pd.DataFrame]) -> Iterator[tuple[pd.DataFrame, bool]]:
-    before = next(pages, None)
-    while before is not None:
-        after = next(pages, None)
-        yield before, after is None
-        before = after
-
-
+# %% ../../nbs/data/12e_fetch.ipynb #ccaf81fb
 def _store_pages(job: _Job, begun: Fetched) -> Fetched:
     """Fetches, repairs and stores the bars from begun.since to begun.until, a transaction a page."""
     done, step = begun, timeframe_delta(job.series)
     repair = Repair(timeframe=job.series, what=f"{job.client.id} {job.name}", now=job.until)
     pages = fetch_pages(job.client, begun.symbol, timeframe=job.series, since=begun.since, until=begun.until)
-    for page, last in _and_last(pages):
-        repaired = repair.add(page, last=last)
+    for page, repaired in repair_chunks(repair, pages):
         with bar_batch(job.engine, timeframe=job.series, **job.asset) as batch:
             batch.add(repaired)
         done = replace(done, reached=page["ts"].max() + step, written=done.written + batch.report)
         job.tell(done)
     return replace(done, reports=(*done.reports, repair.report), done=True)
 
-# %% ../../nbs/data/12e_fetch.ipynb #ec239add
+# %% ../../nbs/data/12e_fetch.ipynb #731d7906
 _PIECE = 20_000  # bars
 
 
@@ -149,7 +141,7 @@ def _store_older(job: _Job, first: pd.Timestamp) -> Fetched:
         end = start
     return done
 
-# %% ../../nbs/data/12e_fetch.ipynb #a525884f
+# %% ../../nbs/data/12e_fetch.ipynb #fa969180
 def _store_whole(job: _Job, raw: pd.DataFrame) -> tuple[RepairReport, WriteReport]:
     repair = Repair(timeframe=job.series, what=f"{job.client.id} {job.name}")  # all have closed: newer ones are stored
     repaired = repair.add(raw)
@@ -157,7 +149,7 @@ def _store_whole(job: _Job, raw: pd.DataFrame) -> tuple[RepairReport, WriteRepor
         batch.add(repaired)
     return repair.report, batch.report
 
-# %% ../../nbs/data/12e_fetch.ipynb #7b07c9ee
+# %% ../../nbs/data/12e_fetch.ipynb #f5fc4bff
 def _fetch_series(job: _Job) -> Fetched:
     first, again = _stored(job) or (None, job.since)
     begun = _begun(job, again)
@@ -166,7 +158,7 @@ def _fetch_series(job: _Job) -> Fetched:
         begun = replace(begun, written=older.written, reports=older.reports)
     return _store_pages(job, begun)
 
-# %% ../../nbs/data/12e_fetch.ipynb #6e10ccc2
+# %% ../../nbs/data/12e_fetch.ipynb #bee140ef
 def _fetch_rates(job: _Job) -> Fetched:
     first, again = _stored(job) or (None, job.since)
     done = _begun(job, again)
@@ -180,7 +172,7 @@ def _fetch_rates(job: _Job) -> Fetched:
         job.tell(done)
     return replace(done, done=True)
 
-# %% ../../nbs/data/12e_fetch.ipynb #b7678156
+# %% ../../nbs/data/12e_fetch.ipynb #5f75344a
 _THREADS = 4  # more would only wait for their turn
 
 
@@ -204,7 +196,7 @@ def _run_all(jobs: list[_Job], stop: threading.Event) -> list[Fetched]:
         raise _as_one(failed, len(jobs))
     return [future.result() for future in futures]
 
-# %% ../../nbs/data/12e_fetch.ipynb #d96fc651
+# %% ../../nbs/data/12e_fetch.ipynb #c4645b3c
 def _as_one(failed: dict[str, BaseException], count: int) -> BaseException:
     """One error for all that failed: of the kind of the first, naming each."""
     crash = next((error for error in failed.values() if not isinstance(error, KallosError)), None)
@@ -214,7 +206,7 @@ def _as_one(failed: dict[str, BaseException], count: int) -> BaseException:
     head = "" if count == 1 else f"{len(failed)} of {count} series failed, what is stored stays: "
     return type(next(iter(failed.values())))(head + said)
 
-# %% ../../nbs/data/12e_fetch.ipynb #6f56c1b2
+# %% ../../nbs/data/12e_fetch.ipynb #9a04fb42
 def _check_symbols(symbols: list[str], asset_ids: dict[str, str], allow_batch_symbols: bool) -> list[str]:
     each = list(dict.fromkeys(symbols))
     if not each:
@@ -237,7 +229,7 @@ def _named(found: list[Instrument], asset_ids: dict[str, str]) -> list[Instrumen
         raise ConfigError("two symbols under one asset id", sorted(twice), "Give each its own asset id.")
     return named
 
-# %% ../../nbs/data/12e_fetch.ipynb #eef23ecd
+# %% ../../nbs/data/12e_fetch.ipynb #3d53cf13
 def _check_range(since: str | date | None, until: str | date | None) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
     begin, end = (None if moment is None else to_utc(moment) for moment in (since, until))
     if begin is not None and begin >= (end or pd.Timestamp.now("UTC")):
@@ -258,7 +250,7 @@ def _open(exchange: "str | ccxt.Exchange", url: str | None, timeframes: list[str
         check_timeframe(client, timeframe)
     return client
 
-# %% ../../nbs/data/12e_fetch.ipynb #8d91f264
+# %% ../../nbs/data/12e_fetch.ipynb #c38d4bf6
 def _check_funding(instruments: list[Instrument], funding: bool) -> None:
     if funding and not any(one.market == "perpetual" for one in instruments):
         todo = "Fetch the perpetual, e.g. --symbol BTC/USDT:USDT, or leave --funding out."
@@ -275,7 +267,7 @@ def _one_at_a_time(progress: Callable[[Fetched], None] | None) -> Callable[[Fetc
 
     return tell
 
-# %% ../../nbs/data/12e_fetch.ipynb #569f3e28
+# %% ../../nbs/data/12e_fetch.ipynb #294dc389
 def fetch_bars(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     *,

@@ -20,7 +20,7 @@ from ..core.schemas import TIMEFRAMES
 from .files import Progress, find_files, stream_raw, symbols_of
 from .findings import RepairReport
 from .merging import WriteReport
-from .repair import Repair
+from .repair import Repair, repair_chunks
 from .sources import Recognised
 from .store import bar_batch
 
@@ -54,18 +54,7 @@ def load_repair_report(
     """The report of the repair that was saved; ArtifactError if the file is none."""
     return RepairReport.from_dict(read_json(path, what="repair report")["repair"])
 
-# %% ../../nbs/data/12d_ingest.ipynb #423ff3a9
-def _repaired(chunks: Iterable[pd.DataFrame], repair: Repair) -> Iterator:
-    """The repaired chunks; the last one is told that it is the last."""
-    held = None
-    for raw in chunks:
-        if held is not None:
-            yield repair.add(held, last=False)
-        held = raw
-    if held is not None:
-        yield repair.add(held, last=True)
-
-# %% ../../nbs/data/12d_ingest.ipynb #bd77cfed
+# %% ../../nbs/data/12d_ingest.ipynb #8aab1645
 @dataclass(frozen=True)
 class _Job:
     engine: sa.Engine
@@ -81,14 +70,14 @@ class _Job:
         _check_timeframes(seen, self.how["timeframe"])
         repair = Repair(what=what, **self.how)
         with bar_batch(self.engine, asset_id=asset_id, **self.told) as batch:
-            for repaired in _repaired(chunks, repair):
+            for _, repaired in repair_chunks(repair, chunks):
                 batch.add(repaired)
             if not repair.report.bars:
                 todo = "Check that it holds OHLCV bars; `--map` says which column is which."
                 raise DataError(f"no bar of {what} can be used", repair.report.text(), todo)
         return Ingested(asset_id, seen, repair.report, batch.report)
 
-# %% ../../nbs/data/12d_ingest.ipynb #b015f11b
+# %% ../../nbs/data/12d_ingest.ipynb #afb01dfe
 _LENGTH = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(TIMEFRAMES)})(?![A-Za-z0-9])")
 
 
@@ -99,7 +88,7 @@ def _check_timeframes(seen: list[Recognised], timeframe: str) -> None:
             todo = "Ingest files of one timeframe at a time; rename the file if its name is wrong."
             raise DataError(f"by its name, {one.source} holds bars of {', '.join(sorted(said))}", timeframe, todo)
 
-# %% ../../nbs/data/12d_ingest.ipynb #e6b68041
+# %% ../../nbs/data/12d_ingest.ipynb #dcab9634
 def _one_series(job: _Job, asset_id: str, progress: Progress | None) -> Ingested:
     what = job.files[0].name if len(job.files) == 1 else f"{len(job.files)} files"
     with job.stream(progress) as stream:
@@ -120,14 +109,14 @@ def _rows_of(raw: pd.DataFrame, symbol: str) -> pd.DataFrame:
     mine = [rows for rows in groups if symbols_of(raw.iloc[rows[:1]]) == {symbol}]
     return raw.iloc[sorted(row for rows in mine for row in rows)].reset_index(drop=True)
 
-# %% ../../nbs/data/12d_ingest.ipynb #afd295db
+# %% ../../nbs/data/12d_ingest.ipynb #550d5314
 def _nameless(raw: pd.DataFrame) -> pd.DataFrame:
     """The rows of no symbol, which would be in none of the series."""
     silent = raw[raw["symbol"].isna()] if "symbol" in raw else raw
     named = [source for source in silent["source"].unique() if symbols_of(silent[silent["source"] == source][:1])]
     return silent[~silent["source"].isin(named)]
 
-# %% ../../nbs/data/12d_ingest.ipynb #8e8ea7de
+# %% ../../nbs/data/12d_ingest.ipynb #2504a2d4
 def ingest_files(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     paths: Iterable[str | Path],  # files, folders and globs
@@ -151,7 +140,7 @@ def ingest_files(
     job = _Job(engine, files, mapping, how, what | {"timeframe": timeframe})
     return _each_symbol(job, progress) if allow_batch_symbols else [_one_series(job, asset_id, progress)]
 
-# %% ../../nbs/data/12d_ingest.ipynb #43d51fdf
+# %% ../../nbs/data/12d_ingest.ipynb #a8013946
 def _check_names(asset_id: str | None, allow_batch_symbols: bool) -> None:
     if allow_batch_symbols and asset_id is not None:
         todo = "Leave --asset-id out: with --allow-batch-symbols the symbols are the names."
@@ -160,7 +149,7 @@ def _check_names(asset_id: str | None, allow_batch_symbols: bool) -> None:
         todo = "Add --asset-id, or --allow-batch-symbols to store each symbol under its own name."
         raise ConfigError("the instrument has no name", next_step=todo)
 
-# %% ../../nbs/data/12d_ingest.ipynb #6038158a
+# %% ../../nbs/data/12d_ingest.ipynb #b852ba88
 def _rows_of_one(stream: Iterable[pd.DataFrame], symbol: str, sources: set[str]) -> Iterator[pd.DataFrame]:
     """The rows of one symbol, chunk by chunk; the names of their files are added to `sources`."""
     for raw in stream:
@@ -169,7 +158,7 @@ def _rows_of_one(stream: Iterable[pd.DataFrame], symbol: str, sources: set[str])
         if len(mine):
             yield mine
 
-# %% ../../nbs/data/12d_ingest.ipynb #6bb7321b
+# %% ../../nbs/data/12d_ingest.ipynb #953686ba
 def _each_symbol(job: "_Job", progress: Progress | None) -> list[Ingested]:
     with job.stream(progress) as stream:
         symbols = sorted(stream.symbols)

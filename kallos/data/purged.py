@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_SPLITS', 'group_edges', 'PurgedKFold', 'CombinatorialPurgedCV', 'path_folds']
 
-# %% ../../nbs/data/15b_purged.ipynb #8d8084e9
+# %% ../../nbs/data/15b_purged.ipynb #5ca0d158
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -34,9 +35,9 @@ class _GroupSplitter(SpanSplitter):
     scored = Part.TEST
 
     @property
+    @abstractmethod
     def _layout(self) -> tuple[int, int]:
         """The number of groups, and how many of them a fold tests."""
-        raise NotImplementedError
 
     def test_groups(self) -> list[tuple[int, ...]]:
         """The groups that each fold tests, rising, in the order of the folds."""

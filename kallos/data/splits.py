@@ -6,7 +6,8 @@
 __all__ = ['TrainWindow', 'Splitter', 'FoldBounds', 'walk_forward_bounds', 'WalkForwardSplit', 'SpanSplitter',
            'ChronologicalSplit', 'date_bounds', 'layout_table']
 
-# %% ../../nbs/data/15_splits.ipynb #4dba923a
+# %% ../../nbs/data/15_splits.ipynb #31270bc3
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import date
@@ -47,15 +48,15 @@ def _check_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int | np.integer) or value < least:
         raise ConfigError(f"{name} must be a whole number", value, f"Use {least} or more.")
 
-# %% ../../nbs/data/15_splits.ipynb #0d8c6623
-class Splitter(_Parameters):
+# %% ../../nbs/data/15_splits.ipynb #94ee9321
+class Splitter(_Parameters, ABC):
     """A way to divide rows by rising time into folds; a subclass says the parts of the rows."""
 
     scored = Part.VALIDATION  # what a fold's model is judged on
 
+    @abstractmethod
     def parts(self, X: object) -> Iterator[np.ndarray]:
         """Yields for each fold the (n) parts of the rows."""
-        raise NotImplementedError
 
     def split(self, X, y: object = None, groups: object = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (train, test) integer row numbers, fold by fold; DataError if a side has none."""
