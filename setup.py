@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent
 
 RUNTIME = [
     "darts",
+    "filelock",
+    "greenlet",
     "ipykernel",
     "joblib",
     "jupyterlab",
@@ -43,9 +45,10 @@ EXTRAS = {
     "dev": [
         "ccxt",
         "build",
+        "dask",
+        "distributed",
         "execnb<0.2",
         "fastcore<2",
-        "filelock",
         "ghapi<2",
         "hypothesis",
         "nbdev==2.4.14",

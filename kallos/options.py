@@ -87,7 +87,7 @@ _TABLES = {
     "report": _option(Path, "JSON file for the findings."),
 }
 
-# %% ../nbs/59_options.ipynb #d4fde257
+# %% ../nbs/59_options.ipynb #dcdf5c18
 _RUN = {
     "model_name": _option(str, "gru, lstm, rnn, transformer, tcn, nbeats, nhits, tide, ..., linear.", "gru"),
     "end_date": _option(str, "The last moment tuning and training may see, UTC, e.g. 2023-01-01."),
@@ -97,6 +97,12 @@ _RUN = {
     "device": _option(str, "Where networks train: auto, cpu or cuda.", "auto"),
     "precision": _option(str, "Of a network's arithmetic: auto, 32, bf16 or 16.", "auto"),
     "config": _option(Path, "YAML file of settings, as config/train.yaml; typed options win."),
+    "exact": _flag("--exact", "Train recurrent networks with PyTorch's own layers, slower by half or more."),
+    "train_stride": _option(int, "Bars from one training window to the next.", "1"),
+    "max_samples_per_epoch": _option(int, "Windows drawn anew for each epoch.", "all"),
+    "growing_epochs": _flag(
+        "--growing-epochs", "Begin with an eighth of the windows; every epoch takes twice as many."
+    ),
     "output_path": _option(Path, "Folder of the results.", "the working folder"),
     "no_report": _flag("--no-report", "Call the functions alone, no notebook."),
 }
@@ -105,7 +111,7 @@ _TRAIN = {
     "n_epochs": _option(int, "Epochs.", "as early stopping found in tune"),
 }
 
-# %% ../nbs/59_options.ipynb #87402898
+# %% ../nbs/59_options.ipynb #9bedea2e
 _TUNE = {
     "n_trials": _option(int, "The study's budget of finished trials; only what is left of it is run.", "100"),
     "timeout": _option(float, "Seconds after which no new trial begins."),
@@ -117,13 +123,25 @@ _TUNE = {
     "embargo": _option(int, "Rows left out between training and validation, beyond the purged.", "0"),
     "max_epochs": _option(int, "The most epochs of a fit.", "30"),
     "patience": _option(int, "Epochs without a better validation loss before a fit stops.", "5"),
+    "early_stopping_on": _option(
+        str, "Whose loss stops a fit: the fold's, or an inner tail of its training rows.", "fold"
+    ),
+}
+_WORKERS = {
+    "n_jobs": _option(int, "Worker processes; -1 is one a core.", "1"),
+    "pruner": _option(
+        str, "What ends bad trials early: none, median, successive_halving, hyperband, wilcoxon, progressive.", "median"
+    ),
+    "deterministic": _flag("--deterministic", "Suggest in rounds, so that any number of workers gives the same study."),
+    "dask_scheduler": _option(str, "Run the workers on the Dask cluster of that scheduler, e.g. tcp://10.0.0.1:8786."),
+    "gpus": _option(int, "Cards that the worker processes share, several on one if there are more workers."),
 }
 _DASHBOARD = {
     "folder": _option(Path, "Folder with an optuna.db, e.g. reports/BTC/1d.", "the working folder"),
     "host": _option(str, "Address to listen at.", "127.0.0.1"),
     "port": _option(int, "Port to listen at.", "8080"),
 }
-OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _DASHBOARD
+OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _WORKERS | _DASHBOARD
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):

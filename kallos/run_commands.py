@@ -61,15 +61,17 @@ def _run(kind: str, settings: "RunSettings", db_url: str | None, no_report: bool
 
     run_notebook(kind, settings, output=settings.folder / f"{_stem(settings)}_{kind}.ipynb", db_url=db_url)
 
-# %% ../nbs/59c_run_commands.ipynb #41ae0c72
+# %% ../nbs/59c_run_commands.ipynb #06a069eb
 _ALL_RUNS = "model_name asset_id end_date config timeframe target_col feature_groups horizon seed device precision"
+_EPOCHS = "exact train_stride max_samples_per_epoch growing_epochs"
 _TUNE = "n_trials timeout study_name optuna_schema folds val_length train_window embargo max_epochs patience"
+_WORKERS = "early_stopping_on pruner n_jobs deterministic dask_scheduler gpus"
 _THE_REST = "output_path db_url no_report"
 
 
 @command(
     run_app,
-    f"{_ALL_RUNS} {_TUNE} {_THE_REST}",
+    f"{_ALL_RUNS} {_TUNE} {_WORKERS} {_EPOCHS} {_THE_REST}",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --n-trials 20",
     stopped="the finished trials of the study are kept, and the same command resumes it.",
 )
@@ -82,10 +84,10 @@ def tune(
     _run("tune", settings, db_url, no_report)
     _tell_tuned(settings, db_url, no_report)
 
-# %% ../nbs/59c_run_commands.ipynb #c79e4884
+# %% ../nbs/59c_run_commands.ipynb #e3ed2acd
 @command(
     run_app,
-    f"{_ALL_RUNS} params_file n_epochs {_THE_REST}",
+    f"{_ALL_RUNS} params_file n_epochs {_EPOCHS} {_THE_REST}",
     required="params_file",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json",
     stopped="no model was replaced by half of another, and the same command starts again.",
@@ -151,28 +153,32 @@ def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
     _tell_files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
     tell_next("README, 'What is it worth?': judge the model on rows after the end date")
 
-# %% ../nbs/59c_run_commands.ipynb #89f27651
-def _study_file(folder: Path) -> tuple[str, Any]:
+# %% ../nbs/59c_run_commands.ipynb #d786e16c
+def _study_file(folder: Path) -> tuple[Any, Any]:
     from optuna.artifacts import FileSystemArtifactStore
 
-    file, artifacts = folder / "optuna.db", folder / "artifacts"
-    if not file.is_file():
+    from kallos.models.storages import JOURNAL, folder_storage
+
+    artifacts = folder / "artifacts"
+    if not any((folder / name).is_file() for name in ("optuna.db", JOURNAL)):
         from kallos.core.config import project_root
 
         known = sorted({str(path.parent) for path in project_root().glob("reports/**/optuna.db")})
         todo = f"Studies are in: {', '.join(known)}." if known else "`kallos-run tune` makes one."
         raise DataError("no optuna.db in this folder", received=str(folder), next_step=todo)
-    return f"sqlite:///{file}", FileSystemArtifactStore(str(artifacts)) if artifacts.is_dir() else None
+    return folder_storage(folder), FileSystemArtifactStore(str(artifacts)) if artifacts.is_dir() else None
 
 
-def _schema_storage(engine: Any, schema: str) -> tuple[str, None]:
+def _schema_storage(engine: Any, schema: str) -> tuple[str, Any]:
     from sqlalchemy import inspect
+
+    from kallos.models.storages import DatabaseArtifactStore
 
     known = inspect(engine).get_schema_names()
     if schema not in known:
         raise DataError("no such schema in the database", received=schema, next_step=f"It has {', '.join(known)}.")
     url = engine.url.update_query_dict({"options": f"-csearch_path={schema}"})
-    return url.render_as_string(hide_password=False), None
+    return url.render_as_string(hide_password=False), DatabaseArtifactStore(url)
 
 # %% ../nbs/59c_run_commands.ipynb #11f4ff05
 @command(

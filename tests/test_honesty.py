@@ -10,9 +10,11 @@ from kallos.core.devices import resolve_device
 from kallos.data.features import compute_features
 from kallos.data.sample import sample_bars
 from kallos.evaluation.verdict import judge
+from kallos.models.architectures import MODELS
+from kallos.models.budget import run_budget
 from kallos.models.datasets import DartsFold, add_target
-from kallos.models.studies import run_budget
-from kallos.models.tuner import objective, study_layout
+from kallos.models.layouts import study_layout
+from kallos.models.tuner import objective
 from kallos.models.validation import FitPlan, forecast_after, prepare_fold, run_fold
 
 PARAMS = {
@@ -100,8 +102,8 @@ def tuned(table: pd.DataFrame, settings: TuneSettings) -> dict:
     known = table.loc[: settings.end_date]
     folds = [prepare_fold(known, bounds, settings=settings) for bounds in study_layout(known, settings)]
     study = optuna.create_study()
-    how = {"settings": settings, "storage": None, "on_trial": lambda trial: None}
-    run_budget(study, lambda trial: objective(trial, folds, settings=settings), **how)
+    space = MODELS[settings.model_name].space
+    run_budget(study, lambda trial, *_: objective(trial, folds, settings=settings), space=space, settings=settings)
     return study.best_params
 
 

@@ -17,9 +17,12 @@ from kallos.data.features import compute_features
 from kallos.data.sample import sample_bars
 from kallos.data.store import write_bars, write_features
 from kallos.data.tables import connect
-from kallos.models import studies
+from kallos.models import budget, studies
+from kallos.models.budget import finished_trials
 from kallos.models.datasets import load_table
-from kallos.models.tuner import objective, run_tuning, study_layout, tune
+from kallos.models.layouts import study_layout
+from kallos.models.storages import study_storage
+from kallos.models.tuner import replay, run_tuning, tune
 from kallos.models.validation import prepare_fold
 
 END = "2022-06-30"
@@ -49,7 +52,7 @@ def start_tune(url: str, folder: Path) -> subprocess.Popen:
 def study_of(url: str, folder: Path, **more) -> optuna.Study:
     """The study that `start_tune` runs, once it exists."""
     settings = TuneSettings.from_values(SMALL | {"output_path": str(folder)} | more)
-    storage = studies.study_storage(settings, url)
+    storage = study_storage(settings, url)
     while study_name(settings) not in optuna.get_all_study_names(storage):
         time.sleep(0.05)
     return optuna.load_study(study_name=study_name(settings), storage=storage)
@@ -57,7 +60,7 @@ def study_of(url: str, folder: Path, **more) -> optuna.Study:
 
 def finished(url: str, folder: Path, **more) -> list[optuna.trial.FrozenTrial]:
     """The finished trials of `study_of`."""
-    return studies.finished_trials(study_of(url, folder, **more))
+    return finished_trials(study_of(url, folder, **more))
 
 
 @pytest.mark.slow
@@ -65,11 +68,11 @@ def finished(url: str, folder: Path, **more) -> list[optuna.trial.FrozenTrial]:
 def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
     process = start_tune(market, tmp_path)
     study = study_of(market, tmp_path)
-    while len(studies.finished_trials(study)) < 5:
+    while len(finished_trials(study)) < 5:
         assert process.poll() is None, process.communicate()[1]
     process.send_signal(stop)
     stderr = process.communicate(timeout=60)[1]
-    before = studies.finished_trials(study)
+    before = finished_trials(study)
     assert 5 <= len(before) < 12, stderr
     if stop == signal.SIGINT:
         assert process.returncode == 3
@@ -85,7 +88,7 @@ def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
     )
     table = load_table(settings, market)
     folds = [prepare_fold(table, bounds, settings=settings) for bounds in study_layout(table, settings)]
-    assert [objective(trial, folds, settings=settings) for trial in trials] == [trial.value for trial in trials]
+    assert [replay(trial, folds, settings=settings) for trial in trials] == [trial.value for trial in trials]
     if stop == signal.SIGINT:  # nothing but the time of the stop was lost: the study is that of a run without a stop
         whole = tune(settings, db=market, progress=False)
         by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
@@ -100,13 +103,13 @@ def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_u
     engine.dispose()
     groups = {"volume_features": ["volume", "taker_buy_base_asset_volume"], "bounded_features": ["rsi", "mfi"]}
     groups |= {"unbounded_features": ["macd_diff"]}
-    for schema, budget in (("optuna_studies", 2), ("second", 3), ("optuna_studies", 3)):
+    for schema, n_trials in (("optuna_studies", 2), ("second", 3), ("optuna_studies", 3)):
         study = run_tuning(
             asset_id="BTC", end_date=END, db_kwargs=postgres_kwargs, optuna_schema=schema, model_name="linear",
-            study_name="linear_btc", target_col="close", feature_groups=groups, n_trials=budget,
+            study_name="linear_btc", target_col="close", feature_groups=groups, n_trials=n_trials,
             folds=2, output_path=str(tmp_path / schema), progress=False,
         )  # fmt: skip
-        assert len(study.trials) == budget
+        assert len(study.trials) == n_trials
         copy = optuna.load_study(study_name="linear_btc", storage=f"sqlite:///{tmp_path / schema / 'optuna.db'}")
         assert [t.params for t in copy.trials] == [t.params for t in study.trials]
         assert copy.best_trial.intermediate_values == study.best_trial.intermediate_values
@@ -120,7 +123,7 @@ def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_u
 def test_forecasts_of_every_trial_are_kept(market, tmp_path):
     settings = TuneSettings.from_values(SMALL | {"n_trials": 2, "output_path": str(tmp_path)})
     study = tune(settings, db=market, progress=False)
-    storage, store = studies.study_storage(settings, market), studies.artifact_store(settings)
+    storage, store = study_storage(settings, market), studies.artifact_store(settings, market)
     table = load_table(settings, market)
     layout = study_layout(table, settings)
     for trial in study.trials:
@@ -131,7 +134,7 @@ def test_forecasts_of_every_trial_are_kept(market, tmp_path):
             trial.user_attrs
         )
         folds = [prepare_fold(table, bounds, settings=settings) for bounds in layout]
-        assert objective(trial, folds, settings=settings) == trial.value
+        assert replay(trial, folds, settings=settings) == trial.value
 
 
 @pytest.mark.parametrize(
@@ -172,14 +175,13 @@ def test_a_failing_network_fills_its_slot_and_says_why(market, tmp_path, monkeyp
 
 
 def test_a_trial_that_died_before_its_first_heartbeat_is_run_again(market, tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(studies, "GRACE_SECONDS", 2)
+    monkeypatch.setattr(budget, "GRACE_SECONDS", 1)
     settings = TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)})
     study = tune(settings, db=market, progress=False)
-    study.enqueue_trial({}, user_attrs={"slot": 1})
+    study.enqueue_trial(study.trials[0].params, user_attrs={"slot": 1, "worker": "gone", "claim": "c"})
     study.ask()  # and nothing more is heard of it
     more = tune(settings.model_copy(update={"n_trials": 3}), db=market, progress=False)
-    assert sorted(trial.user_attrs["slot"] for trial in studies.finished_trials(more)) == [0, 1, 2]
+    assert sorted(trial.user_attrs["slot"] for trial in finished_trials(more)) == [0, 1, 2]
     assert [trial.state.name for trial in more.trials].count("FAIL") == 1
 
 
@@ -190,9 +192,9 @@ def test_the_right_to_create_a_schema_is_needed_only_where_there_is_none(postgre
         connection.execute(f"CREATE SCHEMA mine AUTHORIZATION {name}")
     url = postgres_url.replace("postgres:secret-of-the-tests", f"{name}:x")
     settings = TuneSettings.from_values(SMALL | {"output_path": str(tmp_path), "optuna_schema": "mine"})
-    assert optuna.get_all_study_names(studies.study_storage(settings, url)) == []
+    assert optuna.get_all_study_names(study_storage(settings, url)) == []
     with pytest.raises(KallosError, match="permission denied"):
-        studies.study_storage(settings.model_copy(update={"optuna_schema": "yours"}), url)
+        study_storage(settings.model_copy(update={"optuna_schema": "yours"}), url)
 
 
 def test_a_study_that_began_in_sqlite_is_not_replaced_by_a_copy(postgres_url, tmp_path):

@@ -7,7 +7,7 @@ __all__ = ['Moment', 'Timeframe', 'Name', 'SchemaName', 'Groups', 'project_root'
            'FeatureGroups', 'read_feature_groups', 'read_yaml', 'RunSettings', 'TuneSettings', 'study_name',
            'TrainSettings', 'settings_from_yaml', 'notebook_parameters', 'settings_from_notebook', 'as_parameters']
 
-# %% ../../nbs/core/02_config.ipynb #d8af5c99
+# %% ../../nbs/core/02_config.ipynb #1d5d6c61
 import json
 import re
 from datetime import UTC, datetime
@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError, DataError
 from .schemas import timeframe_delta
@@ -169,7 +178,7 @@ def read_yaml(
         raise ConfigError(f"{path} must hold a table of settings", received=table)
     return table
 
-# %% ../../nbs/core/02_config.ipynb #ad4c5ba0
+# %% ../../nbs/core/02_config.ipynb #915bb111
 class RunSettings(Settings):
     """What every run needs: data, model, target, seed and device."""
 
@@ -183,6 +192,10 @@ class RunSettings(Settings):
     seed: int = Field(0, ge=0, description="makes the run repeatable")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks train")
     precision: Literal["auto", "32", "bf16", "16"] = Field("auto", description="of a network's arithmetic")
+    exact: bool = Field(False, description="train recurrent networks with PyTorch's own layers")
+    train_stride: int = Field(1, ge=1, description="bars from one training window to the next")
+    max_samples_per_epoch: int | None = Field(None, ge=1, description="windows drawn anew for each epoch; all if none")
+    growing_epochs: bool = Field(False, description="epochs begin with an eighth of the windows and double")
     output_path: Path | None = Field(None, description="folder of the results; reports/{asset_id}/{timeframe} if none")
 
     @property
@@ -190,7 +203,10 @@ class RunSettings(Settings):
         """The folder of the run's results."""
         return self.output_path or project_root() / "reports" / self.asset_id / self.timeframe
 
-# %% ../../nbs/core/02_config.ipynb #7ca80cab
+# %% ../../nbs/core/02_config.ipynb #cc7617ca
+_PRUNERS = Literal["none", "median", "successive_halving", "hyperband", "wilcoxon", "progressive"]
+
+
 class TuneSettings(RunSettings):
     """The settings of a walk-forward study."""
 
@@ -204,6 +220,25 @@ class TuneSettings(RunSettings):
     embargo: int = Field(0, ge=0, description="rows left out between training and validation, beyond the purged ones")
     max_epochs: int = Field(30, ge=1, description="the most epochs of a fit")
     patience: int = Field(5, ge=1, description="epochs without a better validation loss before a fit stops")
+    early_stopping_on: Literal["fold", "inner"] = Field("fold", description="whose loss stops a fit")
+    pruner: _PRUNERS = Field("median", description="which trials end early; models without epochs know wilcoxon alone")
+    n_jobs: int = Field(1, ge=-1, description="worker processes; -1: one a core")
+    deterministic: bool = Field(False, description="suggest in rounds, so that any number of workers gives one study")
+    dask_scheduler: str | None = Field(None, description="address of a Dask scheduler whose workers run the trials")
+    gpus: int | None = Field(None, ge=1, description="cards that the worker processes share; all that are seen if none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _progressive_epochs_grow(cls, values: Any) -> Any:
+        progressive = isinstance(values, dict) and values.get("pruner") == "progressive"
+        return values | {"growing_epochs": True} if progressive else values
+
+    @field_validator("n_jobs")
+    @classmethod
+    def _some_workers(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be 1 or more, or -1 for one a core")
+        return value
 
 # %% ../../nbs/core/02_config.ipynb #ac0fdfd8
 def study_name(

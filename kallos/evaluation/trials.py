@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['judge_best_trial']
 
-# %% ../../nbs/evaluation/30b_trials.ipynb #3ac927b4
+# %% ../../nbs/evaluation/30b_trials.ipynb #55268005
 from typing import Any
 
 import optuna
@@ -13,15 +13,17 @@ import optuna
 from ..core.config import TuneSettings, study_name
 from .verdict import Verdict, judge
 from ..models import studies
+from ..models.budget import best_trial
+from ..models.storages import study_storage
 
-# %% ../../nbs/evaluation/30b_trials.ipynb #798fa728
+# %% ../../nbs/evaluation/30b_trials.ipynb #3c94d0d5
 def judge_best_trial(
     settings: TuneSettings,  # of the study
     *,
     db: dict[str, Any] | str | None = None,  # the database of the data, as in `load_features_from_db`
 ) -> Verdict:
     """The verdict on the folds that chose it; TrainingError if no trial completed, ArtifactError without forecasts."""
-    storage = studies.study_storage(settings, db)
+    storage = study_storage(settings, db)
     study = optuna.load_study(study_name=study_name(settings), storage=storage)
-    best, store = studies.best_trial(study), studies.artifact_store(settings)
+    best, store = best_trial(study), studies.artifact_store(settings, db)
     return judge(studies.download_table(best, "forecasts", storage=storage, store=store))

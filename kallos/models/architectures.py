@@ -65,7 +65,7 @@ _BOOSTING = _TREE_INPUT | {
     "l2_regularization": FloatDistribution(1e-3, 1e2, log=True),
 }
 
-# %% ../../nbs/models/23_architectures.ipynb #3b8136f9
+# %% ../../nbs/models/23_architectures.ipynb #a826378e
 @dataclass(frozen=True)
 class ModelSpec:
     """What a model's name stands for."""
@@ -75,6 +75,7 @@ class ModelSpec:
     fixed: dict[str, Any] = field(default_factory=dict)  # arguments that are always the same
     is_network: bool = True  # trains epoch by epoch, with a validation loss
     is_shifted: bool = False  # its loss is taken on the input window moved on by the horizon, not on the horizon alone
+    has_own_windows: bool = False  # darts' `fit` gives its windows more than target and features
 
 
 def _recurrent(layer: str) -> ModelSpec:
@@ -99,7 +100,7 @@ _TFT = {
 }
 _MIXER = {"hidden_size": _WIDTH, "ff_size": _WIDTH, "num_blocks": IntDistribution(1, 4)}
 
-# %% ../../nbs/models/23_architectures.ipynb #67b451c8
+# %% ../../nbs/models/23_architectures.ipynb #5034b8ee
 _MODELS = {
     **{name: _recurrent(name.upper()) for name in ("gru", "lstm", "rnn")},
     "transformer": ModelSpec("TransformerModel", _TRANSFORMER),
@@ -108,7 +109,7 @@ _MODELS = {
     "nhits": ModelSpec("NHiTSModel", _network(layer_widths=_WIDTH, **_STACKS)),
     "tide": ModelSpec("TiDEModel", _network(**_TIDE)),
     "tsmixer": ModelSpec("TSMixerModel", _network(**_MIXER)),
-    "tft": ModelSpec("TFTModel", _network(**_TFT), {"add_relative_index": True}),
+    "tft": ModelSpec("TFTModel", _network(**_TFT), {"add_relative_index": True}, has_own_windows=True),
 }
 
 # %% ../../nbs/models/23_architectures.ipynb #031ca1f6
@@ -162,7 +163,7 @@ def _suggest(trial: "BaseTrial", name: str, space: BaseDistribution) -> Any:
     draw = trial.suggest_int if isinstance(space, IntDistribution) else trial.suggest_float
     return draw(name, space.low, space.high, log=space.log, step=space.step)
 
-# %% ../../nbs/models/23_architectures.ipynb #1dc16eb6
+# %% ../../nbs/models/23_architectures.ipynb #1627d0c9
 def create_model(
     model_name: str,  # a key of MODELS
     hyperparameters: dict[str, Any],  # values for the model's space; what is left out keeps darts' default
@@ -172,6 +173,7 @@ def create_model(
     n_epochs: int = 30,  # the most epochs; networks only
     device: Device | None = None,  # where it trains; one CPU thread pool in float32 if None
     callbacks: list | None = None,  # Lightning callbacks; fresh ones for each fit
+    reload: bool = False,  # make the loader of the batches anew for each epoch, because its length changes
 ) -> "ForecastingModel":
     """An unfitted darts model; ConfigError on an unknown name or an unknown hyperparameter."""
     spec = check_model_name(model_name)
@@ -179,9 +181,9 @@ def create_model(
     values = dict(hyperparameters)
     if not spec.is_network:
         return _create_sklearn(model_name, spec, values, horizon, seed)
-    return _create_network(
-        spec, values, horizon, seed, n_epochs, trainer_kwargs(device or Device()) | {"callbacks": callbacks or []}
-    )
+    trainer = trainer_kwargs(device or Device()) | {"callbacks": callbacks or []}
+    trainer |= {"reload_dataloaders_every_n_epochs": int(reload)}
+    return _create_network(spec, values, horizon, seed, n_epochs, trainer)
 
 # %% ../../nbs/models/23_architectures.ipynb #8c746d5f
 def check_hyperparameters(

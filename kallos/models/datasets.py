@@ -163,7 +163,7 @@ def get_walk_forward_splits(
     for train, val in WalkForwardSplit(**wf_kwargs).split(df):
         yield df.iloc[train], df.iloc[val]
 
-# %% ../../nbs/models/21_datasets.ipynb #ac598093
+# %% ../../nbs/models/21_datasets.ipynb #98639a8b
 @dataclass(frozen=True)
 class DartsFold:
     """A fold as scaled float32 series: lists of contiguous segments, target and features side by side."""
@@ -174,6 +174,7 @@ class DartsFold:
     lookback: int  # rows that lead each validation segment, less horizon - 1
     transformer: FeatureTransformer  # fitted on the training rows
     truth: pd.DataFrame  # close and target, unscaled, of the validation rows and the rows before them
+    stop: list[tuple[TimeSeries, TimeSeries]] | None = None  # as `val`, for early stopping; None: `val` itself
 
 # %% ../../nbs/models/21_datasets.ipynb #7592b721
 def prepare_darts_timeseries(
