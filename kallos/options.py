@@ -111,7 +111,7 @@ _TRAIN = {
     "n_epochs": _option(int, "Epochs.", "as early stopping found in tune"),
 }
 
-# %% ../nbs/59_options.ipynb #9bedea2e
+# %% ../nbs/59_options.ipynb #b83c0ed2
 _TUNE = {
     "n_trials": _option(int, "The study's budget of finished trials; only what is left of it is run.", "100"),
     "timeout": _option(float, "Seconds after which no new trial begins."),
@@ -123,11 +123,13 @@ _TUNE = {
     "embargo": _option(int, "Rows left out between training and validation, beyond the purged.", "0"),
     "max_epochs": _option(int, "The most epochs of a fit.", "30"),
     "patience": _option(int, "Epochs without a better validation loss before a fit stops.", "5"),
+}
+
+# %% ../nbs/59_options.ipynb #8fc73463
+_WORKERS = {
     "early_stopping_on": _option(
         str, "Whose loss stops a fit: the fold's, or an inner tail of its training rows.", "fold"
     ),
-}
-_WORKERS = {
     "n_jobs": _option(int, "Worker processes; -1 is one a core.", "1"),
     "pruner": _option(
         str, "What ends bad trials early: none, median, successive_halving, hyperband, wilcoxon, progressive.", "median"

@@ -153,7 +153,7 @@ def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
     _tell_files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
     tell_next("README, 'What is it worth?': judge the model on rows after the end date")
 
-# %% ../nbs/59c_run_commands.ipynb #d786e16c
+# %% ../nbs/59c_run_commands.ipynb #6a37e0c9
 def _study_file(folder: Path) -> tuple[Any, Any]:
     from optuna.artifacts import FileSystemArtifactStore
 
@@ -168,7 +168,7 @@ def _study_file(folder: Path) -> tuple[Any, Any]:
         raise DataError("no optuna.db in this folder", received=str(folder), next_step=todo)
     return folder_storage(folder), FileSystemArtifactStore(str(artifacts)) if artifacts.is_dir() else None
 
-
+# %% ../nbs/59c_run_commands.ipynb #f9e0eeb1
 def _schema_storage(engine: Any, schema: str) -> tuple[str, Any]:
     from sqlalchemy import inspect
 

@@ -4,7 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,24 +32,58 @@ def _no_database_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KALLOS_DB_URL", raising=False)
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[dict[str, str | int]]:
-    """A PostgreSQL of this test session, as the keyword arguments of a psycopg connection; any password opens it."""
-    # a Unix socket's path must be short, which pytest's own folders are not
-    with tempfile.TemporaryDirectory(prefix="kallos-pg-") as folder:
-        data = Path(folder, "data")
-        data.mkdir()
-        control = ("-w", "-D", str(data))
+class PostgresProcess:
+    """A real PostgreSQL that can be stopped and started again; any password opens it."""
+
+    def __init__(self, folder: Path):
+        self._data = folder / "data"
+        self._data.mkdir()
         # as root, the first server on a machine creates the user that it runs as: one worker at a time
         with FileLock(Path(tempfile.gettempdir(), f"kallos-pg-{os.getuid()}.lock")):
-            server = PostgresServer(data)
-            server.ensure_pgdata_inited()
-        port = find_suitable_port()
-        options = f"-h 127.0.0.1 -p {port} -k {data} -c fsync=off -c TimeZone=Asia/Kolkata"
-        run = partial(pgexec, "pg_ctl", bin_path=server.bin_path, user=server.system_user)
-        run((*control, "-l", str(data / "log"), "-o", options, "start"), timeout=60)
-        yield {"host": "127.0.0.1", "port": port, "user": "postgres", "password": "secret-of-the-tests"}
-        run((*control, "-m", "immediate", "stop"))
+            self._server = PostgresServer(self._data)
+            self._server.ensure_pgdata_inited()
+        self.login = {"host": "127.0.0.1", "port": find_suitable_port(), "user": "postgres"}
+        self.login |= {"password": "secret-of-the-tests"}
+
+    def _run(self, *words: str) -> None:
+        how = {"bin_path": self._server.bin_path, "user": self._server.system_user, "timeout": 60}
+        pgexec("pg_ctl", ("-w", "-D", str(self._data), *words), **how)
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        options = f"-h 127.0.0.1 -p {self.login['port']} -k {self._data} -c fsync=off -c TimeZone=Asia/Kolkata"
+        self._run("-l", str(self._data / "log"), "-o", options, "start")
+
+    def stop(self) -> None:
+        """Returns when it is gone; nobody is asked."""
+        self._run("-m", "immediate", "stop")
+
+
+@contextmanager
+def running_postgres() -> Iterator[PostgresProcess]:
+    """A PostgreSQL that runs while the block does."""
+    # a Unix socket's path must be short, which pytest's own folders are not
+    with tempfile.TemporaryDirectory(prefix="kallos-pg-") as folder:
+        server = PostgresProcess(Path(folder))
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[dict[str, str | int]]:
+    """A PostgreSQL of this test session, as the keyword arguments of a psycopg connection."""
+    with running_postgres() as server:
+        yield server.login
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[tuple[PostgresProcess, str]]:
+    """A PostgreSQL of this test alone, and the URL of a new and empty database in it."""
+    with running_postgres() as server:
+        with psycopg.connect(**server.login, dbname="postgres", autocommit=True) as connection:
+            connection.execute("CREATE DATABASE own")
+        yield server, "postgresql://{user}:{password}@{host}:{port}/own".format(**server.login)
 
 
 @pytest.fixture

@@ -304,6 +304,7 @@ def darts_model(folder: Path, kind: str, *callbacks: pl.Callback, **more: object
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_darts_fit(kind: str, saved: bool, tmp_path: Path):
@@ -351,6 +352,7 @@ def test_the_callback_can_be_copied():
         assert type(other) is FastLayers
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_compiled_code(root: Path):
     """What this process compiled is on disk, so that the first pass of the next one takes a moment only."""
     FastGRU(6, 8)(torch.randn(5, 3, 6, requires_grad=True))[0].sum().backward()

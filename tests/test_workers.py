@@ -150,6 +150,32 @@ def test_two_machines_join_one_study(postgres_url, tmp_path):
             assert len(studies.download_table(trial, "forecasts", storage=study._storage, store=store))
 
 
+def outlasts_an_outage(server, url: str, settings, seconds: float) -> None:
+    process = start_tune(url, settings)
+    await_running(process, url, settings, 1)
+    server.stop()
+    time.sleep(seconds)
+    server.start()
+    assert process.wait(timeout=1200) == 0, process.communicate()[1]
+    assert is_spent(url, settings)
+    assert replays(url, settings)
+
+
+@pytest.mark.slow
+def test_a_database_that_restarts_stops_nothing(own_postgres, tmp_path):
+    server, url = own_postgres
+    write_market(url)
+    outlasts_an_outage(server, url, small_settings(tmp_path / "out", n_trials=12, n_jobs=2, **NETWORK), seconds=3)
+
+
+@pytest.mark.soak
+def test_a_database_that_is_away_for_twenty_seconds_stops_nothing(own_postgres, tmp_path):
+    server, url = own_postgres
+    write_market(url)
+    settings = small_settings(tmp_path / "out", n_trials=30, n_jobs=3, model_name="gru", max_epochs=4, folds=3)
+    outlasts_an_outage(server, url, settings, seconds=20)
+
+
 @pytest.mark.slow
 def test_a_dask_cluster_runs_the_workers(market, tmp_path):
     settings = small_settings(tmp_path / "out", n_trials=8, **NETWORK)

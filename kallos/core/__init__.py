@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy(
             "ArtifactError",
             "ConfigError",
             "DataError",
+            "DatabaseError",
             "KallosError",
             "TrainingError",
             "error_from",
@@ -70,6 +71,10 @@ __getattr__, __dir__, __all__ = lazy(
             "write_json",
             "write_manifest",
         ),
+        "stops": (
+            "StopSign",
+            "stop_on_signal",
+        ),
         "logs": (
             "log_event",
             "start_log",
@@ -79,6 +84,7 @@ __getattr__, __dir__, __all__ = lazy(
             "Device",
             "keep_interrupts",
             "limit_threads",
+            "memory_guard",
             "nan_guard",
             "quiet_lightning",
             "resolve_device",

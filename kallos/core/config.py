@@ -7,7 +7,7 @@ __all__ = ['Moment', 'Timeframe', 'Name', 'SchemaName', 'Groups', 'project_root'
            'FeatureGroups', 'read_feature_groups', 'read_yaml', 'RunSettings', 'TuneSettings', 'study_name',
            'TrainSettings', 'settings_from_yaml', 'notebook_parameters', 'settings_from_notebook', 'as_parameters']
 
-# %% ../../nbs/core/02_config.ipynb #1d5d6c61
+# %% ../../nbs/core/02_config.ipynb #1260f4da
 import json
 import re
 from datetime import UTC, datetime
@@ -22,7 +22,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -203,12 +202,19 @@ class RunSettings(Settings):
         """The folder of the run's results."""
         return self.output_path or project_root() / "reports" / self.asset_id / self.timeframe
 
-# %% ../../nbs/core/02_config.ipynb #cc7617ca
+# %% ../../nbs/core/02_config.ipynb #30e061cf
+def _check_workers(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be 1 or more, or -1 for one a core")
+    return value
+
+
 _PRUNERS = Literal["none", "median", "successive_halving", "hyperband", "wilcoxon", "progressive"]
+_Workers = Annotated[int, AfterValidator(_check_workers)]
 
-
-class TuneSettings(RunSettings):
-    """The settings of a walk-forward study."""
+# %% ../../nbs/core/02_config.ipynb #1c94a558
+class _StudySettings(RunSettings):
+    """The settings of a study's trials."""
 
     n_trials: int = Field(100, ge=1, description="the study's budget of finished trials")
     timeout: float | None = Field(None, gt=0, description="seconds after which no new trial begins")
@@ -220,9 +226,14 @@ class TuneSettings(RunSettings):
     embargo: int = Field(0, ge=0, description="rows left out between training and validation, beyond the purged ones")
     max_epochs: int = Field(30, ge=1, description="the most epochs of a fit")
     patience: int = Field(5, ge=1, description="epochs without a better validation loss before a fit stops")
+
+# %% ../../nbs/core/02_config.ipynb #6203907d
+class TuneSettings(_StudySettings):
+    """The settings of a walk-forward study."""
+
     early_stopping_on: Literal["fold", "inner"] = Field("fold", description="whose loss stops a fit")
     pruner: _PRUNERS = Field("median", description="which trials end early; models without epochs know wilcoxon alone")
-    n_jobs: int = Field(1, ge=-1, description="worker processes; -1: one a core")
+    n_jobs: _Workers = Field(1, ge=-1, description="worker processes; -1: one a core")
     deterministic: bool = Field(False, description="suggest in rounds, so that any number of workers gives one study")
     dask_scheduler: str | None = Field(None, description="address of a Dask scheduler whose workers run the trials")
     gpus: int | None = Field(None, ge=1, description="cards that the worker processes share; all that are seen if none")
@@ -232,13 +243,6 @@ class TuneSettings(RunSettings):
     def _progressive_epochs_grow(cls, values: Any) -> Any:
         progressive = isinstance(values, dict) and values.get("pruner") == "progressive"
         return values | {"growing_epochs": True} if progressive else values
-
-    @field_validator("n_jobs")
-    @classmethod
-    def _some_workers(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("must be 1 or more, or -1 for one a core")
-        return value
 
 # %% ../../nbs/core/02_config.ipynb #ac0fdfd8
 def study_name(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Database', 'redact', 'to_url', 'UtcTime', 'reading', 'writing', 'open_engine']
 
-# %% ../../nbs/data/11b_database.ipynb #d99d34ca
+# %% ../../nbs/data/11b_database.ipynb #74f36b4c
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 
 from ..core.config import project_root
-from ..core.errors import ConfigError, DataError
+from ..core.errors import ConfigError, DatabaseError, DataError
 
 # %% ../../nbs/data/11b_database.ipynb #7a6345f2
 def redact(
@@ -103,7 +103,7 @@ class UtcTime(sa.types.TypeDecorator):
             value if value is None or dialect.name == "sqlite" else round((value - _EPOCH) / timedelta(milliseconds=1))
         )
 
-# %% ../../nbs/data/11b_database.ipynb #a403ef45
+# %% ../../nbs/data/11b_database.ipynb #2ea3d79a
 @contextmanager
 def _outside_faults(url: sa.URL) -> Iterator[None]:
     try:
@@ -115,9 +115,9 @@ def _outside_faults(url: sa.URL) -> Iterator[None]:
         said = " ".join(str(error.orig).split()).replace(url.password or "\0", "***")
         checks = {"sqlite": "the path, its permissions, the free space, and that nobody else writes for long"}
         todo = checks.get(url.drivername, "that the server runs, and host, port, user, password and database name")
-        raise DataError(f"the database cannot be used ({said})", redact(url), f"Check {todo}.") from None
+        raise DatabaseError(f"the database cannot be used ({said})", redact(url), f"Check {todo}.") from None
 
-# %% ../../nbs/data/11b_database.ipynb #093b3479
+# %% ../../nbs/data/11b_database.ipynb #dfababf4
 _WRITER_LOCK = 0x6B616C6C6F73  # "kallos"
 
 
@@ -125,7 +125,7 @@ _WRITER_LOCK = 0x6B616C6C6F73  # "kallos"
 def reading(
     engine: sa.Engine,  # from `open_engine`
 ) -> Iterator[sa.Connection]:
-    """A connection in one transaction that only reads; DataError if the database cannot be used."""
+    """A connection in one transaction that only reads; DatabaseError if the database cannot be used."""
     server = engine.dialect.name == "postgresql"
     options = {"isolation_level": "REPEATABLE READ"} if server else {}  # what SQLite always does
     with _outside_faults(engine.url), engine.execution_options(**options).connect() as connection:
@@ -136,7 +136,7 @@ def reading(
 def writing(
     engine: sa.Engine,  # from `open_engine`
 ) -> Iterator[sa.Connection]:
-    """A connection whose work is committed at the end, or leaves no trace; DataError if the database cannot be used."""
+    """A connection whose work is committed at the end or leaves no trace; DatabaseError if it cannot be used."""
     with _outside_faults(engine.url), engine.execution_options(kallos_writes=True).begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER_LOCK)))
@@ -155,23 +155,23 @@ def _set_up_sqlite(engine: sa.Engine) -> None:
         writes = connection.get_execution_options().get("kallos_writes", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
-# %% ../../nbs/data/11b_database.ipynb #edc06470
+# %% ../../nbs/data/11b_database.ipynb #085dda92
 def _prepare_file(path: Path, create: bool) -> None:
     if not create and not path.is_file():
         todo = "Check the path; `kallos-run ingest` and `kallos-run sample` make a database."
-        raise DataError("there is no such database", received=str(path), next_step=todo)
+        raise DatabaseError("there is no such database", received=str(path), next_step=todo)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the folder ({error.strerror})", str(path.parent), "Check the path.") from None
 
-# %% ../../nbs/data/11b_database.ipynb #625fbeba
+# %% ../../nbs/data/11b_database.ipynb #0c8a194e
 def open_engine(
     url: sa.URL,  # from `to_url`
     *,
     create: bool,  # make a SQLite file that is missing
 ) -> sa.Engine:
-    """The open database, reached once; DataError if it is missing or cannot be used."""
+    """The open database, reached once; DatabaseError if it is missing or cannot be used."""
     if url.drivername == "sqlite":
         _prepare_file(Path(url.database), create)
         engine = sa.create_engine(url, hide_parameters=True)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['describe', 'Progress']
 
-# %% ../../nbs/models/24f_progress.ipynb #f18a6a62
+# %% ../../nbs/models/24f_progress.ipynb #67dace06
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -36,46 +37,43 @@ def _where(trial: FrozenTrial) -> str:
     fold, epoch = at
     return f"#{trial.number} epoch {epoch} fold {fold + 1}" if epoch else f"#{trial.number} fold {fold + 1}"
 
-# %% ../../nbs/models/24f_progress.ipynb #ebb7c733
-class Progress:
-    """A bar on standard error and a log of trials that ended; use it as a block."""
+# %% ../../nbs/models/24f_progress.ipynb #1756de91
+class _Log:
+    """Writes a line for every trial that ends, once."""
 
-    def __init__(
-        self,
-        study: optuna.Study,  # of kallos
-        n_trials: int,  # its budget
-        *,
-        shown: bool,  # False leaves only the log
-    ):
-        trials = study.get_trials(deepcopy=False)
-        self._study, self._drawn = study, time.monotonic()
+    def __init__(self, trials: Sequence[FrozenTrial]):
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
-        done = sum(map(is_filled, trials))
-        self._bar = tqdm(total=n_trials, initial=done, desc=study.study_name, unit="trial", disable=not shown)
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.draw()
-        self._bar.close()
-
-    def tick(self) -> None:
-        """Draws the line anew if the last time was more than a second ago; returns nothing."""
-        if time.monotonic() - self._drawn > 1:
-            self.draw()
-
-    def draw(self) -> None:
-        """Draws the line anew, and logs the trials that ended since the last time; returns nothing."""
-        self._drawn = time.monotonic()
-        try:
-            trials = self._study.get_trials(deepcopy=False)
-        except StorageInternalError:  # a database that is away
-            return
+    def write(self, trials: Sequence[FrozenTrial]) -> None:
+        """Logs the trials that ended since the last time; returns nothing."""
         for trial in trials:
             if trial.state.is_finished() and trial.number not in self._ended:
                 self._ended.add(trial.number)
                 kept = {name: trial.user_attrs.get(name) for name in ("slot", "skill", "failure", "lost")}
                 log_event("trial ended", trial=trial.number, state=trial.state.name, score=trial.value, **kept)
-        self._bar.update(sum(map(is_filled, trials)) - self._bar.n)
-        self._bar.set_postfix_str(describe(trials))
+
+# %% ../../nbs/models/24f_progress.ipynb #3bce9b4a
+class Progress:
+    """A bar on standard error and a log of the study's trials that end. Not shown, it is the log alone."""
+
+    def __init__(self, study: optuna.Study, n_trials: int, *, shown: bool):
+        trials = study.get_trials(deepcopy=False)
+        self._study, self._drawn, self._log = study, time.monotonic(), _Log(trials)
+        done, name = sum(map(is_filled, trials)), study.study_name
+        self._bar = tqdm(total=n_trials, initial=done, desc=name, unit="trial", disable=not shown)
+
+    def close(self) -> None:
+        """Draws the line a last time; returns nothing."""
+        self.tick(after=0)
+        self._bar.close()
+
+    def tick(self, after: float = 1.0) -> None:
+        """Draws the line anew if the last time was so many seconds ago; returns nothing."""
+        if time.monotonic() - self._drawn <= after:
+            return
+        self._drawn = time.monotonic()
+        with suppress(StorageInternalError):  # a database that is away
+            trials = self._study.get_trials(deepcopy=False)
+            self._log.write(trials)
+            self._bar.update(sum(map(is_filled, trials)) - self._bar.n)
+            self._bar.set_postfix_str(describe(trials))

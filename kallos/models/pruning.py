@@ -52,29 +52,31 @@ def create_pruner(
             "progressive": lambda: SuccessiveHalvingPruner(**halving),
         }[pruner_name(settings)]()
 
-# %% ../../nbs/models/24c_pruning.ipynb #6cc1f56d
+# %% ../../nbs/models/24c_pruning.ipynb #f20cfc14
+def _view(trial: Trial, earlier: Sequence[FrozenTrial]) -> Trial:
+    """A trial with the same number, in a study in memory that holds the earlier ones."""
+    view = optuna.create_study(pruner=trial.study.pruner, study_name=trial.study.study_name)
+    gap = trial.user_attrs["slot"] - len(earlier)  # hyperband goes by a trial's number
+    view.add_trials([*earlier, *[optuna.create_trial(state=TrialState.FAIL)] * gap])
+    return view.ask()
+
+
+def _hand_back(view: Trial, trial: Trial) -> None:
+    seen, known = (t.storage.get_trial_system_attrs(t._trial_id) for t in (view, trial))
+    for name in seen.keys() - known.keys():
+        trial.storage.set_trial_system_attr(trial._trial_id, name, seen[name])
+
+# %% ../../nbs/models/24c_pruning.ipynb #08d38fad
 class Judge:
-    """Receives what a trial reports, and says whether it should end."""
+    """Receives what a trial reports, and says whether it should end; `last` is what it received last."""
 
-    def __init__(
-        self,
-        trial: BaseTrial,  # running, or a frozen one that is replayed
-        earlier: Sequence[FrozenTrial]
-        | None = None,  # judge by these alone, in order of slot; None: by the trial's study
-    ):
-        self.trial, self.last, self._view = trial, None, None
-        if earlier is not None and isinstance(trial, Trial):
-            view = optuna.create_study(pruner=trial.study.pruner, study_name=trial.study.study_name)
-            gap = trial.user_attrs["slot"] - len(earlier)  # hyperband goes by a trial's number
-            view.add_trials([*earlier, *[optuna.create_trial(state=TrialState.FAIL)] * gap])
-            self._view = view.ask()
+    def __init__(self, trial: BaseTrial, earlier: Sequence[FrozenTrial] | None = None):
+        """Of a running trial, or a frozen one; by its study, or by earlier trials alone, in order of slot."""
+        blind = earlier is not None and isinstance(trial, Trial)
+        self.trial, self.last, self._view = trial, None, _view(trial, earlier) if blind else None
 
-    def report(
-        self,
-        value: float,  # mean score so far, or a fold's score
-        step: int,  # epoch from 1, or fold from 0
-    ) -> bool:
-        """Whether the trial should end now; `last` keeps the value."""
+    def report(self, value: float, step: int) -> bool:
+        """Whether the trial should end now, with that mean or fold score at that epoch (from 1) or fold (from 0)."""
         self.last = value
         if isinstance(self.trial, FrozenTrial):
             return self.trial.state == TrialState.PRUNED and step >= self.trial.last_step
@@ -85,9 +87,3 @@ class Judge:
         ends = self._view.should_prune()
         _hand_back(self._view, self.trial)
         return ends
-
-# %% ../../nbs/models/24c_pruning.ipynb #a1458009
-def _hand_back(view: Trial, trial: Trial) -> None:
-    seen, known = (t.storage.get_trial_system_attrs(t._trial_id) for t in (view, trial))
-    for name in seen.keys() - known.keys():
-        trial.storage.set_trial_system_attr(trial._trial_id, name, seen[name])

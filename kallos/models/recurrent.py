@@ -5,311 +5,19 @@
 # %% auto #0
 __all__ = ['FastGRU', 'FastLSTM', 'use_fast_layers', 'use_plain_layers', 'FastLayers']
 
-# %% ../../nbs/models/22_recurrent.ipynb #a46c972e
-import math
-from collections.abc import Callable
-
+# %% ../../nbs/models/22_recurrent.ipynb #b242fd08
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
-from numba.np.arrayobj import make_array
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/models/22_recurrent.ipynb #5d521e9f
-_LANES = 8  # numbers in a vector: 32 bit floats in an AVX register
-_ROWS = 4  # rows of a tile
+from .kernels import CELLS, LANES
 
-
-def _tile(n_rows: int, n_vectors: int, *, transposed: bool = False) -> Callable:
-    """A numba intrinsic that writes one tile of `start + a @ b`, or of `start + a.T @ b`, into `out`."""
-
-    @intrinsic
-    def tile(typing, a, b, start, out, i, j, b_first, b_step, depth):
-        def emit(context, builder, signature, arguments):
-            arrays = [make_array(signature.args[n])(context, builder, arguments[n]) for n in range(4)]
-            vector = ir.VectorType(context.get_data_type(a.dtype), _LANES)
-            shape = n_rows, n_vectors, transposed
-            _emit_tile(builder, vector, a.dtype.bitwidth // 8, arrays, arguments[4:], shape)
-            return context.get_dummy_value()
-
-        return types.void(a, b, start, out, *[types.intp] * 5), emit
-
-    return tile
-
-# %% ../../nbs/models/22_recurrent.ipynb #ac313f2b
-def _emit_tile(builder, vector, width, arrays, integers, shape) -> None:
-    n_rows, n_vectors, transposed = shape
-    i, j, b_first, b_step, depth = integers
-    a, b, start, out = [(array.data, _row_step(builder, array, width)) for array in arrays]
-
-    def at(array, row, column, kind=vector):
-        place = builder.gep(array[0], [builder.add(builder.mul(row, array[1]), column)])
-        return builder.bitcast(place, kind.as_pointer())
-
-    rows = [builder.add(i, ir.Constant(i.type, row)) for row in range(n_rows)]
-    lanes = [ir.Constant(i.type, v * _LANES) for v in range(n_vectors)]
-    tile = [(row, builder.add(j, lane)) for row in rows for lane in lanes]
-    loaded = [builder.load(at(start, *place), align=width) for place in tile]
-    sums = [cgutils.alloca_once_value(builder, value) for value in loaded]
-    with cgutils.for_range(builder, depth) as loop:
-        b_row = b[0], b_step
-        weights = [builder.load(at(b_row, loop.index, builder.add(b_first, lane)), align=width) for lane in lanes]
-        for n, row in enumerate(rows):
-            place = (loop.index, row) if transposed else (row, loop.index)
-            factor = builder.load(at(a, *place, vector.element))
-            _add_products(builder, sums[n * n_vectors :][:n_vectors], factor, weights)
-    for place, total in zip(tile, sums, strict=True):
-        builder.store(builder.load(total), at(out, *place), align=width)
-
-# %% ../../nbs/models/22_recurrent.ipynb #48fab1b0
-def _row_step(builder, array, width):
-    rows, stride = (cgutils.unpack_tuple(builder, sizes)[0] for sizes in (array.shape, array.strides))
-    is_one = builder.icmp_signed("==", rows, ir.Constant(rows.type, 1))  # one row stands for every row
-    return builder.select(is_one, ir.Constant(rows.type, 0), builder.sdiv(stride, ir.Constant(rows.type, width)))
-
-
-def _add_products(builder, sums, factor, weights) -> None:
-    vector, first = weights[0].type, ir.IntType(32)(0)
-    nothing = ir.Constant(vector, ir.Undefined)
-    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
-    spread = builder.shuffle_vector(builder.insert_element(nothing, factor, first), nothing, everywhere)
-    for total, weight in zip(sums, weights, strict=True):
-        product = builder.fmul(spread, weight, flags=("contract",))  # contract: one multiply-add instruction
-        builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-
-# %% ../../nbs/models/22_recurrent.ipynb #51c4c593
-_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
-_tile_8, _tile_16, _tile_24 = (_tile(_ROWS, n) for n in (1, 2, 3))
-_row_8, _row_16, _row_24 = (_tile(1, n) for n in (1, 2, 3))
-_turned_8, _turned_16, _turned_24 = (_tile(_ROWS, n, transposed=True) for n in (1, 2, 3))
-
-
-@_compiled
-def _panel(columns: int) -> int:
-    """The width of the next panel where so many columns are left."""
-    return 24 if columns == 24 or columns > 32 else min(columns, 16)
-
-
-@_compiled
-def _pack(weights: np.ndarray) -> np.ndarray:
-    """(k, n) weights, panel after panel, each row by row: the order in which the tiles read them."""
-    k, n = weights.shape
-    packed, first = np.empty(k * n, weights.dtype), 0
-    while first < n:
-        width = _panel(n - first)
-        packed[first * k : (first + width) * k].reshape(k, width)[:] = weights[:, first : first + width]
-        first += width
-    return packed
-
-# %% ../../nbs/models/22_recurrent.ipynb #3edef373
-@_compiled
-def _multiply(a: np.ndarray, packed: np.ndarray, start: np.ndarray, out: np.ndarray) -> None:
-    """Writes `start + a @ weights` into (m, n) `out`; `a` may have more columns than there are weights."""
-    (m, n), j = out.shape, 0
-    k = packed.size // n
-    tiled = m - m % _ROWS
-    while j < n:
-        width = _panel(n - j)
-        for i in range(0, tiled, _ROWS):
-            if width == 24:
-                _tile_24(a, packed, start, out, i, j, j * k, width, k)
-            elif width == 16:
-                _tile_16(a, packed, start, out, i, j, j * k, width, k)
-            else:
-                _tile_8(a, packed, start, out, i, j, j * k, width, k)
-        for i in range(tiled, m):
-            if width == 24:
-                _row_24(a, packed, start, out, i, j, j * k, width, k)
-            elif width == 16:
-                _row_16(a, packed, start, out, i, j, j * k, width, k)
-            else:
-                _row_8(a, packed, start, out, i, j, j * k, width, k)
-        j += width
-
-# %% ../../nbs/models/22_recurrent.ipynb #90dffdd7
-@_compiled
-def _gather(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    """Adds `a.T @ b` to (n, k) `out`, n and k multiples of 8; `b` may have more columns than that."""
-    (n, k), j = out.shape, 0
-    step, depth = b.strides[0] // b.itemsize, len(b)
-    while j < k:
-        width = _panel(k - j)
-        for i in range(0, n, _ROWS):
-            if width == 24:
-                _turned_24(a, b, out, out, i, j, j, step, depth)
-            elif width == 16:
-                _turned_16(a, b, out, out, i, j, j, step, depth)
-            else:
-                _turned_8(a, b, out, out, i, j, j, step, depth)
-        j += width
-
-# %% ../../nbs/models/22_recurrent.ipynb #f6d03773
-_TOP = tuple(np.float32([4.89352455891786e-03, 6.37261928875436e-04, 1.48572235717979e-05, 5.12229709037114e-08,
-                         -8.60467152213735e-11, 2.00018790482477e-13, -2.76076847742355e-16]))  # fmt: skip
-_BOTTOM = tuple(np.float32([4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06]))
-_HALF, _EDGE = np.float32(0.5), np.float32(7.90531110763549805)
-
-
-def _tanh(x):
-    return math.tanh(x)
-
-
-@overload(_tanh)
-def _compiled_tanh(x):
-    def rational(x):
-        x = _EDGE if x > _EDGE else (-_EDGE if x < -_EDGE else x)  # a NaN stays one
-        s, a, b = x * x, _TOP, _BOTTOM
-        top = a[0] + s * (a[1] + s * (a[2] + s * (a[3] + s * (a[4] + s * (a[5] + s * a[6])))))
-        return x * top / (b[0] + s * (b[1] + s * (b[2] + s * b[3])))
-
-    return rational if x == types.float32 else lambda x: math.tanh(x)
-
-# %% ../../nbs/models/22_recurrent.ipynb #1b43541e
-def _sigmoid(x):
-    return 0.5 + 0.5 * math.tanh(0.5 * x)
-
-
-@overload(_sigmoid)
-def _compiled_sigmoid(x):
-    half = _HALF if x == types.float32 else 0.5
-    return lambda x: half + half * _tanh(half * x)
-
-# %% ../../nbs/models/22_recurrent.ipynb #155d25e6
-@_compiled
-def _gru_gates(gates: np.ndarray, before: np.ndarray, after: np.ndarray, u: int) -> None:
-    """Turns the sums of a time step into gates, and the states (m, u) before it into those after it."""
-    for m in range(len(after)):
-        row, h, new = gates[m], before[m], after[m]
-        both, r, z, n, hn = row[: 2 * u], row[:u], row[u : 2 * u], row[2 * u : 3 * u], row[3 * u : 4 * u]
-        for k in range(2 * u):
-            both[k] = _sigmoid(both[k])
-        for k in range(u):
-            n[k] = _tanh(n[k] + r[k] * hn[k])
-            new[k] = n[k] + z[k] * (h[k] - n[k])
-
-
-@_compiled
-def _gru_forward(x, w_ih, w_hh, bias, gates, hidden, cells) -> None:
-    u = w_hh.shape[1]
-    w_i, w_rz, w_n = _pack(w_ih.T), _pack(w_hh[: 2 * u].T), _pack(w_hh[2 * u :].T)
-    for t in range(len(x)):
-        g, h = gates[t], hidden[t]
-        _multiply(x[t], w_i, bias[:, : 3 * u], g[:, : 3 * u])
-        _multiply(h, w_rz, g[:, : 2 * u], g[:, : 2 * u])
-        _multiply(h, w_n, bias[:, 3 * u :], g[:, 3 * u : 4 * u])
-        _gru_gates(g, h, hidden[t + 1], u)
-
-# %% ../../nbs/models/22_recurrent.ipynb #caa95d2a
-@_compiled
-def _gru_slopes(dy, gates, before, dh, dg, db, u: int) -> None:
-    """Writes the gradients of a time step's sums into `dg`, and into `dh` what passes by them."""
-    for m in range(len(before)):
-        row, out, h, y, d = gates[m], dg[m], before[m], dy[m], dh[m]
-        r, z, n, hn = row[:u], row[u : 2 * u], row[2 * u : 3 * u], row[3 * u : 4 * u]
-        dr, dz, dn, dhn = out[:u], out[u : 2 * u], out[2 * u : 3 * u], out[3 * u : 4 * u]
-        for k in range(u):
-            total = d[k] + y[k]
-            passed = total * z[k]
-            new = total - passed
-            dn[k] = new - new * n[k] * n[k]
-            dhn[k] = dn[k] * r[k]
-            dr[k] = dhn[k] * (hn[k] - hn[k] * r[k])
-            dz[k] = new * (h[k] - n[k]) * z[k]
-            d[k] = passed
-        for k in range(4 * u):
-            db[k] += out[k]
-
-# %% ../../nbs/models/22_recurrent.ipynb #3e3ba57d
-@_compiled
-def _gru_backward(dy, x, w_ih, w_hh, gates, hidden, cells, dx, dh, dc, dw_ih, dw_hh, db) -> None:
-    u = w_hh.shape[1]
-    w_i, w_rz, w_n = _pack(w_ih), _pack(w_hh[: 2 * u]), _pack(w_hh[2 * u :])
-    dg = np.empty_like(gates[0])
-    for t in range(len(x) - 1, -1, -1):
-        h = hidden[t]
-        _gru_slopes(dy[t], gates[t], h, dh, dg, db, u)
-        _multiply(dg[:, : 2 * u], w_rz, dh, dh)
-        _multiply(dg[:, 3 * u :], w_n, dh, dh)
-        if len(dx):
-            _multiply(dg, w_i, dx[t], dx[t])
-        _gather(dg[:, : 3 * u], x[t], dw_ih)
-        _gather(dg[:, : 2 * u], h, dw_hh[: 2 * u])
-        _gather(dg[:, 3 * u : 4 * u], h, dw_hh[2 * u :])
-
-# %% ../../nbs/models/22_recurrent.ipynb #b0f625f6
-@_compiled
-def _lstm_gates(gates, cells, new_cells, after, u: int) -> None:
-    for m in range(len(after)):
-        row, c, new, h = gates[m], cells[m], new_cells[m], after[m]
-        both, i, f, g, o = row[: 2 * u], row[:u], row[u : 2 * u], row[2 * u : 3 * u], row[3 * u : 4 * u]
-        for k in range(2 * u):
-            both[k] = _sigmoid(both[k])
-        for k in range(u):
-            g[k] = _tanh(g[k])
-            new[k] = f[k] * c[k] + i[k] * g[k]
-        for k in range(u):
-            o[k] = _sigmoid(o[k])
-            h[k] = o[k] * _tanh(new[k])
-
-
-@_compiled
-def _lstm_forward(x, w_ih, w_hh, bias, gates, hidden, cells) -> None:
-    u = w_hh.shape[1]
-    w_i, w_h = _pack(w_ih.T), _pack(w_hh.T)
-    for t in range(len(x)):
-        g = gates[t][:, : 4 * u]
-        _multiply(x[t], w_i, bias, g)
-        _multiply(hidden[t], w_h, g, g)
-        _lstm_gates(gates[t], cells[t], cells[t + 1], hidden[t + 1], u)
-
-# %% ../../nbs/models/22_recurrent.ipynb #2b79c9f5
-@_compiled
-def _lstm_slopes(dy, gates, cells, new_cells, dh, dc, dg, db, u: int) -> None:
-    for m in range(len(dy)):
-        row, out, c, new, y, d, e = gates[m], dg[m], cells[m], new_cells[m], dy[m], dh[m], dc[m]
-        i, f, g, o = row[:u], row[u : 2 * u], row[2 * u : 3 * u], row[3 * u : 4 * u]
-        di, df, dg_, do = out[:u], out[u : 2 * u], out[2 * u : 3 * u], out[3 * u : 4 * u]
-        for k in range(u):
-            total, curve = d[k] + y[k], _tanh(new[k])
-            do[k] = total * curve * (o[k] - o[k] * o[k])
-            e[k] += total * o[k] - total * o[k] * curve * curve
-            d[k] = 0
-        for k in range(u):
-            di[k] = e[k] * g[k] * (i[k] - i[k] * i[k])
-            df[k] = e[k] * c[k] * (f[k] - f[k] * f[k])
-            dg_[k] = e[k] * (i[k] - i[k] * g[k] * g[k])
-            e[k] *= f[k]
-        for k in range(4 * u):
-            db[k] += out[k]
-
-# %% ../../nbs/models/22_recurrent.ipynb #076c0909
-@_compiled
-def _lstm_backward(dy, x, w_ih, w_hh, gates, hidden, cells, dx, dh, dc, dw_ih, dw_hh, db) -> None:
-    u = w_hh.shape[1]
-    w_i, w_h = _pack(w_ih), _pack(w_hh)
-    scratch = np.empty_like(gates[0])
-    for t in range(len(x) - 1, -1, -1):
-        _lstm_slopes(dy[t], gates[t], cells[t], cells[t + 1], dh, dc, scratch, db, u)
-        dg = scratch[:, : 4 * u]
-        _multiply(dg, w_h, dh, dh)
-        if len(dx):
-            _multiply(dg, w_i, dx[t], dx[t])
-        _gather(dg, x[t], dw_ih)
-        _gather(dg, hidden[t], dw_hh)
-
-
-_KERNELS = {3: (_gru_forward, _gru_backward), 4: (_lstm_forward, _lstm_backward)}  # by the number of gates
-_STATE_BLOCKS = {3: [0, 1, 3], 4: [0, 1, 2, 3]}  # blocks of a row that the state's biases are part of
-
-# %% ../../nbs/models/22_recurrent.ipynb #4d207197
+# %% ../../nbs/models/22_recurrent.ipynb #2466d0e2
 def _whole(columns: int) -> int:
-    return -(-columns // _LANES) * _LANES
+    return -(-columns // LANES) * LANES
 
 
 def _row(columns: int) -> int:
@@ -320,61 +28,55 @@ def _widen(tensor: torch.Tensor, columns: int) -> torch.Tensor:
     more = columns - tensor.shape[-1]
     return (F.pad(tensor, (0, more)) if more else tensor).detach().contiguous()
 
-
+# %% ../../nbs/models/22_recurrent.ipynb #0f6b5173
 def _blocks(weight: torch.Tensor, n_gates: int) -> torch.Tensor:
+    """The weight with each gate's rows, and the columns, widened."""
     rows, columns = len(weight) // n_gates, weight.shape[1]
     more = 0, _whole(columns) - columns, 0, _whole(rows) - rows
     weight = weight.detach()
     return (F.pad(weight.unflatten(0, (n_gates, rows)), more).flatten(0, 1) if any(more) else weight).contiguous()
 
 
-def _unblocks(grad: torch.Tensor, shape: tuple, n_gates: int) -> torch.Tensor:
-    if grad.shape == shape:
-        return grad
-    return grad.unflatten(0, (n_gates, -1))[:, : shape[0] // n_gates, : shape[1]].reshape(shape)
+def _unblocks(grad: torch.Tensor, shape: tuple[int, int], n_gates: int) -> torch.Tensor:
+    """Its gradient, cut to the weight's shape."""
+    gates = grad.unflatten(0, (n_gates, -1))
+    return gates[:, : shape[0] // n_gates, : shape[1]].reshape(shape)
 
-# %% ../../nbs/models/22_recurrent.ipynb #2924fba7
-def _layer_forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh):
-    steps, m, _ = x.shape
-    n_gates, n = len(w_hh) // w_hh.shape[1], w_hh.shape[1]
+# %% ../../nbs/models/22_recurrent.ipynb #f17ab02b
+def _layer_forward(ctx, mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh):
+    cell, n, (steps, m, inputs) = CELLS[mode], w_hh.shape[1], x.shape
     u = _whole(n)
-    wide = [_widen(x, _row(_whole(x.shape[2]))), _blocks(w_ih, n_gates), _blocks(w_hh, n_gates)]
+    wide = [_widen(x, _row(_whole(inputs))), _blocks(w_ih, cell.n_gates), _blocks(w_hh, cell.n_gates)]
     bias = np.zeros((4, u), wide[0].numpy().dtype)
     if b_ih is not None:
-        bias[:n_gates, :n] = b_ih.numpy().reshape(n_gates, n)
-        bias[_STATE_BLOCKS[n_gates], :n] += b_hh.numpy().reshape(n_gates, n)
+        bias[: cell.n_gates, :n] = b_ih.detach().reshape(-1, n).numpy()
+        bias[cell.state_blocks, :n] += b_hh.detach().reshape(-1, n).numpy()
     gates = x.new_empty(steps, m, _row(4 * u))
     hidden = x.new_empty(steps + 1, m, _row(u))
-    cells = x.new_empty(steps + 1 if n_gates == 4 else 0, m, _row(u))
+    cells = x.new_empty(steps + 1 if mode == "LSTM" else 0, m, _row(u))
     for states, first in ((hidden, h0), (cells, c0)):
         states[:1] = 0 if first is None else _widen(first, _row(u))
-    arrays, outcomes = ([tensor.numpy() for tensor in tensors] for tensors in (wide, (gates, hidden, cells)))
-    _KERNELS[n_gates][0](*arrays, bias.reshape(1, -1), *outcomes)
-    ctx.save_for_backward(*wide, gates, hidden, cells)
-    ctx.given = [tensor if tensor is None else tensor.shape for tensor in (x, h0, c0, w_ih, w_hh, b_ih, b_hh)]
+    kept = gates, hidden, cells
+    cell.forward(*[tensor.numpy() for tensor in wide], bias.reshape(1, -1), *[tensor.numpy() for tensor in kept])
+    ctx.save_for_backward(*wide, *kept)
+    ctx.cell, ctx.shapes = cell, (w_ih.shape, w_hh.shape)
     return hidden[1:, :, :n], cells[-1:, :, :n]
 
-# %% ../../nbs/models/22_recurrent.ipynb #a7bad8d3
+# %% ../../nbs/models/22_recurrent.ipynb #07b365cc
 def _layer_backward(ctx, dy, dc):
-    *wide, gates, hidden, cells = ctx.saved_tensors
-    x_shape, h0_shape, c0_shape, w_ih_shape, w_hh_shape, b_shape, _ = ctx.given
-    x, w_ih, w_hh = wide
-    n_gates, n, u = w_hh_shape[0] // w_hh_shape[1], w_hh_shape[1], w_hh.shape[1]
-    dx = x.new_zeros(*x_shape[:2], w_ih.shape[1]) if ctx.needs_input_grad[0] else x[:0]
-    dh, db = x.new_zeros(x_shape[1], u), x.new_zeros(4, u)
+    x, w_ih, w_hh, *_ = saved = ctx.saved_tensors
+    (_, inputs), (_, n) = w_ih_shape, w_hh_shape = ctx.shapes
+    (steps, m, _), u, n_gates = x.shape, w_hh.shape[1], ctx.cell.n_gates
+    dx = x.new_zeros(steps if ctx.needs_input_grad[1] else 0, m, w_ih.shape[1])
+    dh, db = x.new_zeros(m, u), x.new_zeros(4, u)
     dc = _widen(dc[0], u).clone() if len(dc) else dh
     dw_ih, dw_hh = torch.zeros_like(w_ih), torch.zeros_like(w_hh)
-    tensors = (_widen(dy, u), *wide, gates, hidden, cells, dx, dh, dc, dw_ih, dw_hh, db.view(-1))
-    _KERNELS[n_gates][1](*[tensor.numpy() for tensor in tensors])
-    return (
-        dx[..., : x_shape[2]] if len(dx) else None,
-        dh[:, :n].view(h0_shape) if h0_shape else None,
-        dc[:, :n].view(c0_shape) if c0_shape else None,
-        _unblocks(dw_ih, w_ih_shape, n_gates),
-        _unblocks(dw_hh, w_hh_shape, n_gates),
-        db[:n_gates, :n].reshape(-1) if b_shape else None,
-        db[_STATE_BLOCKS[n_gates]][:, :n].reshape(-1) if b_shape else None,
-    )
+    tensors = (_widen(dy, u), *saved, dx, dh, dc, dw_ih, dw_hh, db.view(-1))
+    ctx.cell.backward(*[tensor.numpy() for tensor in tensors])
+    weights = _unblocks(dw_ih, w_ih_shape, n_gates), _unblocks(dw_hh, w_hh_shape, n_gates)
+    biases = [db[blocks, :n].flatten() for blocks in (range(n_gates), ctx.cell.state_blocks)]
+    gradients = (None, dx[..., :inputs], dh[:, :n], dc[:, :n], *weights, *biases)
+    return tuple(one if asked else None for one, asked in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 class _Layer(torch.autograd.Function):
@@ -382,7 +84,7 @@ class _Layer(torch.autograd.Function):
 
     forward, backward = staticmethod(_layer_forward), staticmethod(once_differentiable(_layer_backward))
 
-# %% ../../nbs/models/22_recurrent.ipynb #0c3602c8
+# %% ../../nbs/models/22_recurrent.ipynb #03792b0a
 def _is_covered(layer: nn.RNNBase, x: torch.Tensor, states: tuple) -> bool:
     """Whether the fast path gives what PyTorch's would."""
     weight = layer.weight_ih_l0
@@ -400,7 +102,7 @@ def _is_covered(layer: nn.RNNBase, x: torch.Tensor, states: tuple) -> bool:
         and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
     )
 
-# %% ../../nbs/models/22_recurrent.ipynb #f3bb57f5
+# %% ../../nbs/models/22_recurrent.ipynb #20ccd01b
 def _run(layer: nn.RNNBase, x: torch.Tensor, h0: torch.Tensor | None, c0: torch.Tensor | None) -> tuple:
     """What the layers of a stack return: output, last states and last cells (none for a GRU)."""
     x = x.transpose(0, 1) if layer.batch_first else x
@@ -409,7 +111,7 @@ def _run(layer: nn.RNNBase, x: torch.Tensor, h0: torch.Tensor | None, c0: torch.
         if n:
             x = F.dropout(x, layer.dropout, layer.training)
         first = [None if states is None else states[n] for states in (h0, c0)]
-        x, cells = _Layer.apply(x, *first, *(weights if layer.bias else (*weights, None, None)))
+        x, cells = _Layer.apply(layer.mode, x, *first, *(weights if layer.bias else (*weights, None, None)))
         last.append((x[-1:], cells))
     states, cells = (torch.cat(tensors) for tensors in zip(*last, strict=True))
     return x.transpose(0, 1) if layer.batch_first else x, states, cells
@@ -424,7 +126,7 @@ class FastGRU(nn.GRU):
             return super().forward(input, hx)
         return _run(self, input, hx, None)[:2]
 
-# %% ../../nbs/models/22_recurrent.ipynb #c379a989
+# %% ../../nbs/models/22_recurrent.ipynb #ed8b2620
 class FastLSTM(nn.LSTM):
     """`torch.nn.LSTM`, quicker on a CPU."""
 
@@ -436,7 +138,7 @@ class FastLSTM(nn.LSTM):
         output, *states = _run(self, input, *states)
         return output, tuple(states)
 
-# %% ../../nbs/models/22_recurrent.ipynb #14b00ec6
+# %% ../../nbs/models/22_recurrent.ipynb #52eb49fc
 _FAST: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: FastGRU, nn.LSTM: FastLSTM}
 _PLAIN = {fast: plain for plain, fast in _FAST.items()}
 
@@ -457,9 +159,10 @@ def use_plain_layers(
 
 def _exchange(network: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
     for layer in network.modules():
-        layer.__class__ = classes.get(type(layer), type(layer))
+        if type(layer) in classes:
+            layer.__class__ = classes[type(layer)]
 
-# %% ../../nbs/models/22_recurrent.ipynb #087c5dbf
+# %% ../../nbs/models/22_recurrent.ipynb #60ed9a1d
 class FastLayers(pl.Callback):
     """Trains a network with fast layers, and leaves it with PyTorch's own."""
 

@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['OUTAGE_SECONDS', 'JOURNAL', 'study_storage', 'folder_storage', 'schema_url', 'one_at_a_time', 'local_study',
-           'DatabaseArtifactStore']
+           'outlast', 'DatabaseArtifactStore']
 
-# %% ../../nbs/models/23e_storages.ipynb #a0b4fdc2
+# %% ../../nbs/models/23e_storages.ipynb #10006f64
 import fcntl
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import optuna
 import sqlalchemy as sa
 from filelock import FileLock
 from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import StorageInternalError
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL, inspect
 from sqlalchemy.schema import CreateSchema
 
 from ..core.config import TuneSettings
+from ..core.errors import DatabaseError
 from ..data.database import open_engine, to_url, writing
 
 # %% ../../nbs/models/23e_storages.ipynb #0e0a62c7
@@ -96,7 +98,7 @@ def _patient(url: URL) -> optuna.storages.RDBStorage:
 
     return storage
 
-# %% ../../nbs/models/23e_storages.ipynb #61fee6c8
+# %% ../../nbs/models/23e_storages.ipynb #8e88a995
 JOURNAL = "optuna.journal"
 
 
@@ -104,7 +106,7 @@ class _Lock:
     """A lock of the operating system, which a process that dies cannot leave behind."""
 
     def __init__(self, path: Path):
-        self._lock = FileLock(f"{path}.lock", poll_interval=0.002)
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), poll_interval=0.002)
 
     def acquire(self) -> bool:
         """True, once the lock is held."""
@@ -125,7 +127,7 @@ def _cut_half_line(path: Path) -> None:
     if not content.endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])
 
-# %% ../../nbs/models/23e_storages.ipynb #b092f7d6
+# %% ../../nbs/models/23e_storages.ipynb #78552da7
 @contextmanager
 def local_study(
     settings: TuneSettings,  # of the study; its folder is where the study lives
@@ -139,10 +141,7 @@ def local_study(
     with (folder / ".optuna.users").open("a") as users:
         with guard:
             fcntl.flock(users, fcntl.LOCK_SH)
-            if journal.exists() and _alone(users):
-                _cut_half_line(journal)
-            elif shared and not journal.exists():
-                _begin_journal(folder)
+            _prepare_journal(journal, shared, _alone(users))
         try:
             yield
         finally:
@@ -150,7 +149,14 @@ def local_study(
                 if _alone(users) and journal.exists():
                     _end_journal(folder)
 
-# %% ../../nbs/models/23e_storages.ipynb #faa5c9d0
+# %% ../../nbs/models/23e_storages.ipynb #257c03f9
+def _prepare_journal(journal: Path, shared: bool, alone: bool) -> None:
+    if journal.exists() and alone:
+        _cut_half_line(journal)
+    elif shared and not journal.exists():
+        _begin_journal(journal.parent)
+
+
 def _alone(users: BinaryIO) -> bool:
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +166,7 @@ def _alone(users: BinaryIO) -> bool:
     fcntl.flock(users, fcntl.LOCK_SH)
     return True
 
-
+# %% ../../nbs/models/23e_storages.ipynb #97b8ec07
 def _begin_journal(folder: Path) -> None:
     fresh = folder / f"{JOURNAL}.new"
     fresh.unlink(missing_ok=True)
@@ -180,19 +186,37 @@ def _move_studies(source: optuna.storages.BaseStorage, target: optuna.storages.B
             optuna.delete_study(study_name=name, storage=target)
         optuna.copy_study(from_study_name=name, from_storage=source, to_storage=target)
 
-# %% ../../nbs/models/23e_storages.ipynb #e4aed576
-class DatabaseArtifactStore:
-    """Optuna's protocol for an artifact store, kept in a table of the study's schema."""
+# %% ../../nbs/models/23e_storages.ipynb #c4caea3b
+_T = TypeVar("_T")
 
-    def __init__(
-        self,
-        url: URL,  # of the schema
-    ):
+
+def outlast(
+    call: Callable[[], _T],  # what needs the database
+) -> _T:
+    """What the call returns, once the database lets it; raises what it raises after ten minutes without one."""
+    end = time.monotonic() + OUTAGE_SECONDS
+    while True:
+        try:
+            return call()
+        except (DatabaseError, StorageInternalError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+# %% ../../nbs/models/23e_storages.ipynb #0d9a09c6
+class _ArtifactTable:
+    """The table in the schema of that URL, made if absent."""
+
+    def __init__(self, url: URL):
         columns = sa.Column("id", sa.Text, primary_key=True), sa.Column("content", sa.LargeBinary, nullable=False)
         self._table = sa.Table("kallos_artifacts", sa.MetaData(), *columns)
         self._engine = sa.create_engine(url, pool_pre_ping=True, pool_size=1)
         with one_at_a_time(self._engine) as connection:
             self._table.create(connection, checkfirst=True)
+
+# %% ../../nbs/models/23e_storages.ipynb #c6ee8a76
+class DatabaseArtifactStore(_ArtifactTable):
+    """Optuna's protocol for an artifact store, kept in a table of the study's schema."""
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """The artifact's bytes as a file; ArtifactNotFound if there is none."""

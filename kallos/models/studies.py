@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ArtifactStore', 'open_study', 'artifact_store', 'upload_tables', 'download_table', 'copy_to_sqlite']
 
-# %% ../../nbs/models/24b_studies.ipynb #91a985e5
+# %% ../../nbs/models/24b_studies.ipynb #2d071365
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from sqlalchemy import URL
 from ..core.config import TuneSettings, study_name
 from ..core.errors import ArtifactError, ConfigError
 from ..data.database import to_url
-from .storages import DatabaseArtifactStore, schema_url, study_storage
+from .storages import DatabaseArtifactStore, schema_url
 
 # %% ../../nbs/models/24b_studies.ipynb #ef3813c8
 def open_study(
@@ -69,7 +69,7 @@ def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:16]} … {text[-16:]}"
 
-# %% ../../nbs/models/24b_studies.ipynb #fa3eb6d2
+# %% ../../nbs/models/24b_studies.ipynb #5bc3c4b6
 ArtifactStore = FileSystemArtifactStore | DatabaseArtifactStore
 
 
@@ -84,7 +84,7 @@ def artifact_store(
     (settings.folder / "artifacts").mkdir(parents=True, exist_ok=True)
     return FileSystemArtifactStore(str(settings.folder / "artifacts"))
 
-
+# %% ../../nbs/models/24b_studies.ipynb #b5b80a44
 def upload_tables(
     trial: BaseTrial,  # a running trial
     tables: Mapping[str, pd.DataFrame],  # by name, e.g. "forecasts"

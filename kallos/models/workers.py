@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TICK_SECONDS', 'MOST_BARREN', 'job_function', 'serve', 'Job', 'run_workers', 'run_on_dask']
 
-# %% ../../nbs/models/24e_workers.ipynb #30eb6815
+# %% ../../nbs/models/24e_workers.ipynb #527398a8
 import importlib
 import json
 import os
@@ -17,10 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import IO, TYPE_CHECKING, Any
 
+# %% ../../nbs/models/24e_workers.ipynb #e377c192
 import joblib
 
 from ..core.errors import ConfigError, KallosError, TrainingError, error_from
@@ -31,7 +33,7 @@ from ..core.stops import StopSign
 if TYPE_CHECKING:
     from distributed import Client
 
-# %% ../../nbs/models/24e_workers.ipynb #7731a23e
+# %% ../../nbs/models/24e_workers.ipynb #52d2a43c
 def job_function(
     name: str,  # dotted, e.g. "kallos.models.tuner.work"
 ) -> Callable[..., None]:
@@ -45,7 +47,7 @@ def _listen(source: IO[str], sign: StopSign) -> None:
         sign.put_up()
     os._exit(9)  # the parent is gone
 
-
+# %% ../../nbs/models/24e_workers.ipynb #a8d2884d
 def serve() -> None:
     """Runs the job that comes in through standard input; the process that `run_workers` starts."""
     job, answer, sign = json.loads(sys.stdin.readline()), os.fdopen(os.dup(1), "w"), StopSign()
@@ -58,28 +60,30 @@ def serve() -> None:
         answer.write(json.dumps({"kind": type(error).__name__, "message": str(error)}))
         answer.flush()
 
-# %% ../../nbs/models/24e_workers.ipynb #97bc08ca
+# %% ../../nbs/models/24e_workers.ipynb #b7f4b53b
 _START = "from kallos.models.workers import serve; serve()"
 
 
-class _Worker:
-    """A process that runs a job."""
+class _Process:
+    """A process that runs a job, and the pipe to it."""
 
     def __init__(self, name: str, function: str, arguments: dict[str, Any], environment: Mapping[str, str]):
         self.name = name
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 -- closed by `close`
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log, "text": True}
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 -- closed by `close`
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
         how = {"start_new_session": True, "env": {**os.environ, **environment}}
         self.process = subprocess.Popen([sys.executable, "-c", _START], **pipes, **how)
         self.say(json.dumps({"function": function, "arguments": arguments | {"worker": name}}))
 
     def say(self, line: str) -> None:
         """Writes a line to the worker; returns nothing, even if it is dead."""
-        try:
+        with suppress(BrokenPipeError):
             self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return
+
+# %% ../../nbs/models/24e_workers.ipynb #95e5e835
+class _Worker(_Process):
+    """The same, to be buried."""
 
     def error(self) -> KallosError | None:
         """The error with which it ended on purpose."""
@@ -89,8 +93,8 @@ class _Worker:
     def last_words(self) -> str:
         """How it ended, with the last line of its log."""
         code = self.process.returncode
-        self._log.seek(0)
-        lines = self._log.read().strip().splitlines()
+        self.log.seek(0)
+        lines = self.log.read().strip().splitlines()
         ended = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return mask_secrets(f"{ended}: {lines[-1]}" if lines and code > 0 else ended)
 
@@ -98,8 +102,9 @@ class _Worker:
         """Kills the process if it still lives; returns nothing."""
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self._log):
-            pipe.close()
+        for pipe in (self.process.stdin, self.process.stdout, self.log):
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 # %% ../../nbs/models/24e_workers.ipynb #6154944b
 TICK_SECONDS, MOST_BARREN = 0.2, 10
@@ -114,7 +119,7 @@ class Job:
     on_tick: Callable[[], Any] = lambda: None  # called a few times a second
     on_death: Callable[[str, str], bool] = lambda name, reason: True  # worker and reason; whether work was lost
 
-# %% ../../nbs/models/24e_workers.ipynb #60995ea0
+# %% ../../nbs/models/24e_workers.ipynb #a7f9fe43
 class _Pool:
     """The living workers of a job."""
 
@@ -125,6 +130,17 @@ class _Pool:
         """Puts a new worker in that place; returns nothing."""
         name = f"{place}-{token_hex(4)}"
         self.workers[place] = _Worker(name, self.job.function, self.job.arguments, self._environment(place))
+
+    def bury(self, worker: _Worker, reason: str) -> None:
+        """Tells who died; TrainingError if too many did before they had begun anything."""
+        log_event("worker died", level="warning", worker=worker.name, reason=reason)
+        self._barren = 0 if self.job.on_death(worker.name, reason) else self._barren + 1
+        if self._barren >= MOST_BARREN:
+            raise TrainingError(f"{MOST_BARREN} workers died before they began anything; the last was {reason}")
+
+# %% ../../nbs/models/24e_workers.ipynb #9e5af127
+class _Crew(_Pool):
+    """A pool that is looked after."""
 
     def look_after(self, is_stopping: bool) -> None:
         """Lets go of workers that are done, and replaces those that died; raises what one raised on purpose."""
@@ -137,17 +153,11 @@ class _Pool:
             if error:
                 raise error
             if worker.process.returncode:
-                self._bury(worker, reason)
+                self.bury(worker, reason)
                 if not is_stopping:
                     self.start(place)
 
-    def _bury(self, worker: _Worker, reason: str) -> None:
-        log_event("worker died", level="warning", worker=worker.name, reason=reason)
-        self._barren = 0 if self.job.on_death(worker.name, reason) else self._barren + 1
-        if self._barren >= MOST_BARREN:
-            raise TrainingError(f"{MOST_BARREN} workers died before they began anything; the last was {reason}")
-
-# %% ../../nbs/models/24e_workers.ipynb #d2fb73ef
+# %% ../../nbs/models/24e_workers.ipynb #3a5c9769
 def run_workers(
     job: Job,  # the same for all
     n_workers: int,  # processes
@@ -156,7 +166,7 @@ def run_workers(
     environment: Callable[[int], Mapping[str, str]] = lambda place: {},  # variables of worker 0, 1, ...
 ) -> None:
     """Returns when every worker has done its job; raises what one of them raised on purpose."""
-    pool, told = _Pool(job, environment), False
+    pool, told = _Crew(job, environment), False
     try:
         for place in range(n_workers):
             pool.start(place)
@@ -172,7 +182,7 @@ def run_workers(
         for worker in pool.workers.values():
             worker.close()
 
-# %% ../../nbs/models/24e_workers.ipynb #7aefd84d
+# %% ../../nbs/models/24e_workers.ipynb #872eacdf
 def _connect(address: str) -> "Client":
     try:
         from distributed import Client
@@ -185,7 +195,7 @@ def _connect(address: str) -> "Client":
         todo = "Give the address that the scheduler printed when it started, e.g. tcp://127.0.0.1:8786."
         raise ConfigError(f"no Dask scheduler answers ({type(error).__name__})", address, todo) from None
 
-
+# %% ../../nbs/models/24e_workers.ipynb #d8d81143
 def _serve_on_dask(function: str, arguments: dict[str, Any], event: str) -> None:
     from distributed import Event, get_client
 
@@ -198,7 +208,7 @@ def _serve_on_dask(function: str, arguments: dict[str, Any], event: str) -> None
 
     job_function(function)(**arguments, is_stopping=is_stopping)
 
-# %% ../../nbs/models/24e_workers.ipynb #4dbb6634
+# %% ../../nbs/models/24e_workers.ipynb #521ddb77
 def run_on_dask(
     job: Job,  # the same for all
     n_workers: int,  # how many of the cluster's threads run it; all of them if not above 0
@@ -211,12 +221,9 @@ def run_on_dask(
 
     run, pool = token_hex(4), ThreadPoolExecutor(1)
     with _connect(address) as client:
-        threads = sum(client.nthreads().values())
-        if not threads:
-            raise ConfigError("the Dask cluster has no workers", address, "Start some: dask worker ADDRESS.")
-        count, stop = n_workers if n_workers > 0 else threads, Event(f"kallos-{run}", client=client)
-        names = [f"dask-{run}-{place}" for place in range(count)]
-        jobs = [(job.function, job.arguments | {"worker": name}, stop.name) for name in names]
+        count, stop = _count(client, n_workers), Event(f"kallos-{run}", client=client)
+        named = [job.arguments | {"worker": f"dask-{run}-{place}"} for place in range(count)]
+        jobs = [(job.function, arguments, stop.name) for arguments in named]
         spent = pool.submit(_spend_on_dask, client, jobs)
         while not spent.done():
             time.sleep(TICK_SECONDS)
@@ -224,6 +231,14 @@ def run_on_dask(
             if is_stopping():
                 stop.set()
         spent.result()
+
+# %% ../../nbs/models/24e_workers.ipynb #8117ea08
+def _count(client: "Client", n_workers: int) -> int:
+    threads = sum(client.nthreads().values())
+    if not threads:
+        todo = "Start some: dask worker ADDRESS."
+        raise ConfigError("the Dask cluster has no workers", client.scheduler.address, todo)
+    return n_workers if n_workers > 0 else threads
 
 
 def _spend_on_dask(client: "Client", jobs: list[tuple]) -> None:
