@@ -125,14 +125,16 @@ _TUNE = {
     "patience": _option(int, "Epochs without a better validation loss before a fit stops.", "5"),
 }
 
-# %% ../nbs/59_options.ipynb #8fc73463
+# %% ../nbs/59_options.ipynb #68e27643
 _WORKERS = {
     "early_stopping_on": _option(
         str, "Whose loss stops a fit: the fold's, or an inner tail of its training rows.", "fold"
     ),
     "n_jobs": _option(int, "Worker processes; -1 is one a core.", "1"),
     "pruner": _option(
-        str, "What ends bad trials early: none, median, successive_halving, hyperband, wilcoxon, progressive.", "median"
+        str,
+        "What ends bad trials early: none, median, successive_halving, hyperband, wilcoxon, progressive.",
+        "successive_halving",
     ),
     "deterministic": _flag("--deterministic", "Suggest in rounds, so that any number of workers gives the same study."),
     "dask_scheduler": _option(str, "Run the workers on the Dask cluster of that scheduler, e.g. tcp://10.0.0.1:8786."),

@@ -227,12 +227,14 @@ class _StudySettings(RunSettings):
     max_epochs: int = Field(30, ge=1, description="the most epochs of a fit")
     patience: int = Field(5, ge=1, description="epochs without a better validation loss before a fit stops")
 
-# %% ../../nbs/core/02_config.ipynb #6203907d
+# %% ../../nbs/core/02_config.ipynb #341c1c1d
 class TuneSettings(_StudySettings):
     """The settings of a walk-forward study."""
 
     early_stopping_on: Literal["fold", "inner"] = Field("fold", description="whose loss stops a fit")
-    pruner: _PRUNERS = Field("median", description="which trials end early; models without epochs know wilcoxon alone")
+    pruner: _PRUNERS = Field(
+        "successive_halving", description="which trials end early; models without epochs know wilcoxon alone"
+    )
     n_jobs: _Workers = Field(1, ge=-1, description="worker processes; -1: one a core")
     deterministic: bool = Field(False, description="suggest in rounds, so that any number of workers gives one study")
     dask_scheduler: str | None = Field(None, description="address of a Dask scheduler whose workers run the trials")

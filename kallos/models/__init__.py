@@ -136,10 +136,10 @@ __getattr__, __dir__, __all__ = lazy(
             "upload_tables",
         ),
         "pruning": (
+            "FIRST_EPOCH",
             "Judge",
             "REDUCTION",
             "STARTUP_TRIALS",
-            "WARMUP_EPOCHS",
             "create_pruner",
             "pruner_name",
             "wilcoxon_threshold",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['n_workers', 'threads_each', 'run_elsewhere']
 
-# %% ../../nbs/models/24h_crews.ipynb #9d710367
+# %% ../../nbs/models/24h_crews.ipynb #35b77a0c
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ..core.config import TuneSettings, as_parameters
 from ..core.stops import StopSign
 from ..data.database import to_url
 from .budget import lose_trial
+from .storages import outlast
 from .workers import Job, run_on_dask, run_workers
 
 # %% ../../nbs/models/24h_crews.ipynb #108cae2a
@@ -56,12 +57,12 @@ def run_elsewhere(
     else:
         run_workers(job, n_workers(settings), is_stopping=is_stopping, environment=partial(_environment, settings))
 
-# %% ../../nbs/models/24h_crews.ipynb #2b711fd2
+# %% ../../nbs/models/24h_crews.ipynb #6554b483
 def _mark_lost(study: optuna.Study, worker: str, reason: str) -> bool:
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    running = outlast(partial(study.get_trials, deepcopy=False, states=(TrialState.RUNNING,)))
     lost = [trial for trial in running if trial.user_attrs.get("worker") == worker]
     for trial in lost:
-        lose_trial(study, trial, reason)
+        outlast(partial(lose_trial, study, trial, reason))
     return bool(lost)
 
 
