@@ -115,7 +115,7 @@ def kill_workers(process: subprocess.Popen, url: str, settings: TuneSettings, ki
         if len(finished_trials(study)) >= settings.n_trials or not workers or not running(study):
             time.sleep(0.05)
             continue
-        time.sleep(rng.uniform(0, 1.0))
+        time.sleep(rng.uniform(0, 4.0) if kills > 3 else rng.uniform(0, 1.0))
         victim = rng.choice(workers)
         if victim.is_running():
             victim.send_signal(signal.SIGKILL)

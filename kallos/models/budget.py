@@ -177,8 +177,8 @@ def _show(trial: Trial, beat: list[int]) -> bool:
             return False
     return True
 
-# %% ../../nbs/models/24d_budget.ipynb #f81028d6
-MOST_LOST = 5
+# %% ../../nbs/models/24d_budget.ipynb #c58a51d3
+MOST_LOST = 10
 
 
 def lose_trial(
