@@ -88,6 +88,24 @@ def test_twenty_kills_change_nothing(market, tmp_path, seed):
 
 
 @pytest.mark.slow
+def test_idle_workers_help_with_the_last_trial_and_change_nothing(market, tmp_path):
+    sizes = {"n_trials": 1, "model_name": "gru", "max_epochs": 6, "folds": 3}
+    settings = small_settings(tmp_path / "out", n_jobs=2, **sizes)
+    process = start_tune(market, settings)
+    assert process.wait(timeout=200) == 0, process.communicate()[1]
+    (trial,) = finished_trials(study_of(market, settings))
+    helped = {int(name[-1]): said for name, said in trial.system_attrs.items() if name.startswith("kallos:fold:")}
+    assert any(said["result"] for said in helped.values()), "nobody helped: the test shows nothing"
+    assert "worker died" not in (tmp_path / "out" / "gru_BTC_tune.log").read_text()
+    assert replays(market, settings)
+    alone = tune(small_settings(tmp_path / "alone", study_name="alone", **sizes), db=market, progress=False)
+    kept = {name: value for name, value in trial.user_attrs.items() if name.startswith(("fold_", "score", "rmse"))}
+    del kept["fold_seconds"]
+    assert {name: alone.trials[0].user_attrs[name] for name in kept} == kept
+    assert alone.trials[0].intermediate_values == trial.intermediate_values
+
+
+@pytest.mark.slow
 def test_a_run_that_was_killed_as_a_whole_takes_its_workers_along_and_goes_on(local_market, tmp_path):
     settings = small_settings(tmp_path / "out", n_trials=6, n_jobs=2, **NETWORK)
     process = start_tune(local_market, settings)

@@ -125,7 +125,6 @@ __getattr__, __dir__, __all__ = lazy(
             "prepare_fold",
             "run_fold",
             "validate",
-            "validate_in_turns",
         ),
         "studies": (
             "ArtifactStore",
@@ -147,6 +146,7 @@ __getattr__, __dir__, __all__ = lazy(
         "budget": (
             "GRACE_SECONDS",
             "HEARTBEAT_SECONDS",
+            "Helper",
             "MOST_LOST",
             "Pulse",
             "ROUND",
@@ -175,14 +175,26 @@ __getattr__, __dir__, __all__ = lazy(
             "Progress",
             "describe",
         ),
+        "layouts": (
+            "study_identity",
+            "study_layout",
+        ),
         "crews": (
             "n_workers",
             "run_elsewhere",
             "threads_each",
         ),
-        "layouts": (
-            "study_identity",
-            "study_layout",
+        "rounds": (
+            "Help",
+            "Others",
+            "validate_in_turns",
+        ),
+        "helpers": (
+            "Helpers",
+            "LOOK_SECONDS",
+            "SILENT_SECONDS",
+            "lend_a_hand",
+            "trial_seed",
         ),
         "tuner": (
             "WORK",

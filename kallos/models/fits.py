@@ -61,7 +61,7 @@ class BestWeights(pl.Callback):
         self.last_weights = _copy(pl_module)
         pl_module.load_state_dict(self._weights or self.last_weights)
 
-# %% ../../nbs/models/23d_fits.ipynb #3d4be0c0
+# %% ../../nbs/models/23d_fits.ipynb #2fa59740
 @dataclass(frozen=True)
 class FitPlan:
     """How to run a fit."""
@@ -76,7 +76,7 @@ class FitPlan:
 class Fit:
     """A fitted model and how it got there."""
 
-    model: "ForecastingModel"
+    model: "ForecastingModel | None"  # None where another worker has it
     history: pd.DataFrame  # epoch, train_loss, val_loss; empty for models that do not train by epochs
     best_epoch: int | None  # the epoch of the weights, from 1; None for models without epochs
     last_weights: Weights | None  # of the last epoch; None for models without epochs

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['describe', 'Progress']
 
-# %% ../../nbs/models/24f_progress.ipynb #67dace06
+# %% ../../nbs/models/24f_progress.ipynb #0cba4b30
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,7 +38,7 @@ def _where(trial: FrozenTrial) -> str:
     fold, epoch = at
     return f"#{trial.number} epoch {epoch} fold {fold + 1}" if epoch else f"#{trial.number} fold {fold + 1}"
 
-# %% ../../nbs/models/24f_progress.ipynb #1756de91
+# %% ../../nbs/models/24f_progress.ipynb #5d9b8bd7
 class _Log:
     """Writes a line for every trial that ends, once."""
 
@@ -52,7 +53,11 @@ class _Log:
                 kept = {name: trial.user_attrs.get(name) for name in ("slot", "skill", "failure", "lost")}
                 log_event("trial ended", trial=trial.number, state=trial.state.name, score=trial.value, **kept)
 
-# %% ../../nbs/models/24f_progress.ipynb #3bce9b4a
+
+def _is_live() -> bool:
+    return sys.stderr.isatty() or "ipykernel" in type(sys.stderr).__module__
+
+# %% ../../nbs/models/24f_progress.ipynb #325f80e3
 class Progress:
     """A bar on standard error and a log of the study's trials that end. Not shown, it is the log alone."""
 
@@ -75,5 +80,5 @@ class Progress:
         with suppress(StorageInternalError):  # a database that is away
             trials = self._study.get_trials(deepcopy=False)
             self._log.write(trials)
+            self._bar.set_postfix_str(describe(trials), refresh=_is_live())
             self._bar.update(sum(map(is_filled, trials)) - self._bar.n)
-            self._bar.set_postfix_str(describe(trials))

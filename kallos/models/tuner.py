@@ -21,13 +21,13 @@ import pandas as pd
 from optuna.exceptions import TrialPruned
 from optuna.trial import BaseTrial, FrozenTrial
 
-# %% ../../nbs/models/25_tuner.ipynb #93db2664
+# %% ../../nbs/models/25_tuner.ipynb #c0d4cac6
 from ..core.config import FeatureGroups, TuneSettings, as_parameters
 from ..core.devices import resolve_device
 from ..core.errors import TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.metrics import score_forecasts
-from ..core.runs import derive_seed, seed_everything, write_json, write_manifest
+from ..core.runs import seed_everything, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
 from ..data.database import to_url
 from . import studies
@@ -36,13 +36,15 @@ from .budget import Pulse, Stopped, best_trial, finished_trials, is_open, run_bu
 from .crews import n_workers, run_elsewhere
 from .datasets import DartsFold, data_record, load_table, warn_without_test
 from .fits import FitPlan
+from .helpers import Helpers, lend_a_hand, trial_seed
 from .layouts import study_identity, study_layout
 from .progress import Progress
 from .pruning import Judge, create_pruner
+from .rounds import Others, validate_in_turns
 from .storages import local_study, outlast, study_storage
-from .validation import FoldResult, prepare_fold, validate, validate_in_turns
+from .validation import FoldResult, prepare_fold, validate
 
-# %% ../../nbs/models/25_tuner.ipynb #0e6ca45f
+# %% ../../nbs/models/25_tuner.ipynb #2a724833
 def objective(
     trial: BaseTrial,  # draws the hyperparameters and keeps the results
     folds: list[DartsFold],  # prepared once for the study
@@ -51,12 +53,12 @@ def objective(
     artifact_store: studies.ArtifactStore | None = None,  # gets fold forecasts and learning curves; none if None
     plan: FitPlan | None = None,  # how to run the fits; the settings' if None
     judge: Judge | None = None,  # says whether the trial should end; one by the trial's own study if None
+    others: Others | None = None,  # who may help with folds that advance side by side
 ) -> float:
     """The mean over folds of the RMSE in scaled units; TrainingError, kept with the trial, if a fit fails."""
     hyperparameters = suggest_hyperparameters(trial, settings.model_name)
-    seed = derive_seed(settings.seed, "trial", trial.user_attrs.get("slot", trial.number))
-    how = {"settings": settings, "plan": plan or fit_plan(settings), "seed": seed}
-    run = _by_epochs if MODELS[settings.model_name].is_network and settings.pruner != "wilcoxon" else _by_folds
+    how = {"settings": settings, "plan": plan or fit_plan(settings), "seed": trial_seed(settings, trial)}
+    run = partial(_by_epochs, others) if _are_in_turns(settings) else _by_folds
     try:
         results = run(judge or Judge(trial), folds, hyperparameters, how)
     except TrainingError as error:
@@ -67,12 +69,16 @@ def objective(
         studies.upload_tables(trial, _tables(results), store=artifact_store)
     return float(np.mean([result.score for result in results]))
 
-# %% ../../nbs/models/25_tuner.ipynb #5b63494c
-def _by_epochs(judge: Judge, folds: list[DartsFold], hyperparameters: dict, how: dict) -> list[FoldResult]:
+# %% ../../nbs/models/25_tuner.ipynb #a9906ae7
+def _are_in_turns(settings: TuneSettings) -> bool:
+    return MODELS[settings.model_name].is_network and settings.pruner != "wilcoxon"
+
+
+def _by_epochs(others: Others | None, judge: Judge, folds: list, hyperparameters: dict, how: dict) -> list[FoldResult]:
     def on_round(epoch: int, so_far: dict[int, float]) -> None:
         _report(judge, list(so_far.values()), float(np.mean(list(so_far.values()))), epoch)
 
-    results = validate_in_turns(folds, hyperparameters, on_round=on_round, **how)
+    results = validate_in_turns(folds, hyperparameters, on_round=on_round, others=others, **how)
     for result in results:
         judge.trial.report(result.score, how["settings"].max_epochs + 1 + result.fold)
     return results
@@ -169,7 +175,7 @@ def best_params(
         "metrics": {"score": best.value, "folds": settings.folds, **{name: best.user_attrs[name] for name in names}},
     }
 
-# %% ../../nbs/models/25_tuner.ipynb #9feb9269
+# %% ../../nbs/models/25_tuner.ipynb #088552a6
 def work(
     settings: TuneSettings | dict[str, Any],  # of the study, or its plain values
     *,
@@ -188,30 +194,34 @@ def work(
     study, store = outlast(partial(_open, s, db, table)), outlast(partial(studies.artifact_store, s, db))
     prepare = partial(prepare_fold, table, settings=s, early_stopping_on=s.early_stopping_on)
     folds, plan = [prepare(bounds) for bounds in study_layout(table, s)], fit_plan(s, threads)
-
     how = {"settings": s, "worker": worker, "deadline": deadline, "is_stopping": is_stopping}
-    kept = {"settings": s, "artifact_store": store}
-    run = partial(_run_trial, folds=folds, plan=plan, after=partial(_after_epoch, is_stopping, on_epoch), kept=kept)
+    same = {"folds": folds, "plan": plan, "settings": s, "store": store}
+    how |= {"help_with": partial(lend_a_hand, study, **same)} if _are_in_turns(s) else {}
+    run = partial(_run_trial, after=partial(_go_on, is_stopping, on_epoch), **same)
     with suppress(Stopped):
         run_budget(study, run, space=MODELS[s.model_name].space, **how)
 
-# %% ../../nbs/models/25_tuner.ipynb #b6324962
-def _run_trial(
-    trial: optuna.Trial, judge: Judge, pulse: Pulse, *, folds: list, plan: FitPlan, after: Callable, kept: dict
-):
+# %% ../../nbs/models/25_tuner.ipynb #25a7338b
+def _run_trial(trial: optuna.Trial, judge: Judge, pulse: Pulse, *, folds, plan, settings, store, after: Callable):
+    def on_epoch(fold: int, row: dict[str, float]) -> None:
+        pulse.at = [fold, row["epoch"]]
+        after()
+
     if plan.device.n_threads > 1:
         trial.set_user_attr("threads", plan.device.n_threads)
-    watched = replace(plan, on_epoch=partial(after, pulse))
-    return objective(trial, folds, plan=watched, judge=judge, **kept)
+    others, kept = (
+        Helpers(trial, plan=plan, store=store, on_wait=after),
+        {"settings": settings, "artifact_store": store},
+    )
+    return objective(trial, folds, plan=replace(plan, on_epoch=on_epoch), judge=judge, others=others, **kept)
 
-# %% ../../nbs/models/25_tuner.ipynb #3df44ad5
+# %% ../../nbs/models/25_tuner.ipynb #773a70fd
 def _open(settings: TuneSettings, db: Any, table: pd.DataFrame) -> optuna.Study:
     how = {"identity": study_identity(table, settings), "pruner": create_pruner(settings)}
     return studies.open_study(settings, storage=study_storage(settings, db), **how)
 
 
-def _after_epoch(is_stopping: Callable[[], bool], then: Callable[[], Any], pulse: Pulse, fold: int, row: dict) -> None:
-    pulse.at = [fold, row["epoch"]]
+def _go_on(is_stopping: Callable[[], bool], then: Callable[[], Any]) -> None:
     then()
     if is_stopping():
         raise Stopped

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['pause', 'own_clock', 'take_turns']
 
-# %% ../../nbs/models/22c_turns.ipynb #3c0bd56c
+# %% ../../nbs/models/22c_turns.ipynb #2a55a0a5
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,23 +61,29 @@ def own_clock() -> float:
     """Seconds that run only while the present task does; of the ordinary clock where none takes turns."""
     return time.perf_counter() - getattr(greenlet.getcurrent(), "paused", 0.0)
 
-# %% ../../nbs/models/22c_turns.ipynb #afc44590
+# %% ../../nbs/models/22c_turns.ipynb #de6f9a51
 def take_turns(
     tasks: Sequence[Callable[[], _T]],  # each calls `pause` now and then
     *,
     on_round: Callable[[int], Any] = lambda number: None,  # called after each round that left tasks waiting, from 1
+    select: Callable[[list[int]], list[int]] = list,  # of the places of the tasks that wait, those of the next round
+    given: Mapping[int, _T] = MappingProxyType({}),  # results by place; may grow while tasks run
 ) -> list[_T]:
-    """The results of the tasks, in their order; raises what a task or `on_round` raised, after ending the others."""
+    """The results of the tasks, in their order; raises what a call raised, after ending the tasks that wait."""
     turns, number = [_Turn(task) for task in tasks], 0
     try:
-        while waiting := [turn for turn in turns if not turn.dead]:
-            for turn in waiting:
-                turn.advance()
+        while waiting := _waiting(turns, given):
+            for place in select(waiting):
+                turns[place].advance()
             number += 1
-            if not all(turn.dead for turn in turns):
+            if _waiting(turns, given):
                 on_round(number)
     finally:
         for turn in turns:
             if turn and not turn.dead:
                 turn.throw()
-    return [turn.result for turn in turns]
+    return [given.get(place, turn.result) for place, turn in enumerate(turns)]
+
+# %% ../../nbs/models/22c_turns.ipynb #c10a3298
+def _waiting(turns: list[_Turn], given: Mapping[int, Any]) -> list[int]:
+    return [place for place, turn in enumerate(turns) if not turn.dead and place not in given]

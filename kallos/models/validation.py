@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INNER_SHARE', 'Paths', 'MOST_WINDOWS', 'prepare_fold', 'forecast_fold', 'FoldResult', 'run_fold', 'validate',
-           'validate_in_turns', 'forecast_after']
+           'forecast_after']
 
-# %% ../../nbs/models/24_validation.ipynb #cbf4bf8c
-from collections.abc import Callable, Iterator
+# %% ../../nbs/models/24_validation.ipynb #93ef2f85
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput, TorchTrainingBatch
 
-# %% ../../nbs/models/24_validation.ipynb #642b8227
+# %% ../../nbs/models/24_validation.ipynb #43a020bd
 from ..core.config import RunSettings
 from ..core.devices import limit_threads
 from ..core.errors import TrainingError
@@ -30,7 +30,7 @@ from .architectures import MODELS, longest_input
 from .datasets import DartsFold, prepare_darts_timeseries
 from .fits import Fit, FitPlan, Weights, fit_fold, trim
 from .preprocessing import inverse_target
-from .turns import own_clock, pause, take_turns
+from .turns import own_clock
 from .windows import window_batches
 
 if TYPE_CHECKING:
@@ -217,30 +217,6 @@ def validate(
     """Yields each fold's result as soon as it is there."""
     for fold in folds:
         yield run_fold(fold, hyperparameters, settings=settings, plan=plan, seed=seed)
-
-# %% ../../nbs/models/24_validation.ipynb #a2fed7b3
-def validate_in_turns(
-    folds: list[DartsFold],  # prepared for this model, which trains by epochs
-    hyperparameters: dict[str, Any],  # of the model
-    *,
-    settings: RunSettings,  # model, target, horizon and names
-    plan: FitPlan,  # how to run each fit
-    seed: int,  # of the trial
-    on_round: Callable[[int, dict[int, float]], Any],  # called with the epoch and each fold's score so far
-) -> list[FoldResult]:
-    """Each fold's result; raises what `on_round` raises, after leaving the folds where they stand."""
-    so_far = dict.fromkeys((fold.fold for fold in folds), np.inf)
-
-    def note(fold: int, row: dict[str, float]) -> None:
-        so_far[fold] = min(so_far[fold], row["val_loss"] ** 0.5)
-        if plan.on_epoch:
-            plan.on_epoch(fold, row)
-        pause()
-
-    run = partial(run_fold, hyperparameters=hyperparameters, settings=settings, seed=seed)
-    tasks = [partial(run, fold, plan=replace(plan, on_epoch=note)) for fold in folds]
-    with limit_threads(plan.device.n_threads if plan.device else 1):  # each fit sets and resets what all share
-        return take_turns(tasks, on_round=lambda epoch: on_round(epoch, dict(so_far)))
 
 # %% ../../nbs/models/24_validation.ipynb #48187240
 def forecast_after(
