@@ -1301,6 +1301,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                               'kallos/models/recurrent.py'),
                                          'kallos.models.recurrent._Layer': ('models/recurrent.html#_layer', 'kallos/models/recurrent.py'),
                                          'kallos.models.recurrent._blocks': ('models/recurrent.html#_blocks', 'kallos/models/recurrent.py'),
+                                         'kallos.models.recurrent._dropout': ( 'models/recurrent.html#_dropout',
+                                                                               'kallos/models/recurrent.py'),
                                          'kallos.models.recurrent._exchange': ( 'models/recurrent.html#_exchange',
                                                                                 'kallos/models/recurrent.py'),
                                          'kallos.models.recurrent._is_covered': ( 'models/recurrent.html#_is_covered',

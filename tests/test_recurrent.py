@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -50,6 +51,31 @@ def pair(kind: type, *sizes: int, **more: object) -> tuple[nn.RNNBase, nn.RNNBas
     return plain, fast
 
 
+class Stack(nn.Module):
+    """PyTorch's single layers with the weights of a stack, and between them the masks that the fast layers draw."""
+
+    def __init__(self, stack: nn.RNNBase):
+        super().__init__()
+        more = {"bias": stack.bias, "batch_first": stack.batch_first}
+        sizes = [stack.input_size, *[stack.hidden_size] * stack.num_layers]
+        self.layers = nn.ModuleList([type(stack)(*pair, **more) for pair in itertools.pairwise(sizes)])
+        self.dropout, self.batch_first = stack.dropout, stack.batch_first
+        for own, known in zip(self.parameters(), stack.parameters(), strict=True):
+            own.data = known.detach().clone()
+
+    def forward(self, x: torch.Tensor, first: torch.Tensor | tuple | None) -> tuple:
+        x, lasts = x.transpose(0, 1) if self.batch_first else x, []
+        for n, layer in enumerate(self.layers):
+            layer.batch_first = False
+            x = recurrent._dropout(x, self.dropout, True) if n else x
+            states = None if first is None else [state[n : n + 1].contiguous() for state in flat(first)]
+            states = states[0] if states and isinstance(layer, nn.GRU) else states and tuple(states)
+            x, last = layer(x, states)
+            lasts.append(flat(last))
+        together = tuple(torch.cat(tensors) for tensors in zip(*lasts, strict=True))
+        return x.transpose(0, 1) if self.batch_first else x, together[0] if len(together) == 1 else together
+
+
 def flat(states: torch.Tensor | tuple) -> list[torch.Tensor]:
     return [states] if isinstance(states, torch.Tensor) else list(states)
 
@@ -59,7 +85,7 @@ def results(layer: nn.RNNBase, x: torch.Tensor, states: tuple = (), seed: int = 
     torch.manual_seed(seed)
     layer.zero_grad()
     x, *states = (tensor.clone().requires_grad_() for tensor in (x, *states))
-    first = (states[0] if isinstance(layer, nn.GRU) else tuple(states)) if states else None
+    first = (states[0] if len(states) == 1 else tuple(states)) if states else None
     output, last = layer(x, first)
     outputs = [output, *flat(last)]
     weigh = torch.Generator().manual_seed(seed + 1)
@@ -92,7 +118,8 @@ def difference(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
 def test_equals_pytorch(kind, hidden, inputs, n_layers, batch, steps, bias, batch_first, dropout, with_states, seed):
     torch.manual_seed(seed)
     more = {"bias": bias, "batch_first": batch_first, "dropout": dropout if n_layers > 1 else 0.0}
-    layers = pair(kind, inputs, hidden, n_layers, **more)
+    plain, fast = pair(kind, inputs, hidden, n_layers, **more)
+    layers = Stack(plain) if more["dropout"] else plain, fast
     x = torch.randn((batch, steps, inputs) if batch_first else (steps, batch, inputs))
     n_states = (1 if kind is nn.GRU else 2) * with_states
     states = [torch.randn(n_layers, batch, hidden) for _ in range(n_states)]
@@ -124,7 +151,7 @@ def test_gradients_stand_up_to_finite_differences(kind):
 def test_the_sizes_of_the_search_space(kind):
     torch.manual_seed(0)
     for hidden, n_layers, batch, steps in ((32, 4, 32, 70), (97, 2, 64, 30), (256, 1, 128, 40)):
-        layers = pair(kind, 6, hidden, n_layers, batch_first=True, dropout=0.3 if n_layers > 1 else 0.0)
+        layers = pair(kind, 6, hidden, n_layers, batch_first=True)
         plain, fast = (results(layer, torch.randn(batch, steps, 6, generator=torch.Generator().manual_seed(1)))
                        for layer in layers)  # fmt: skip
         assert difference(fast, plain) < 1e-5
@@ -135,6 +162,23 @@ def test_two_runs_are_equal_to_the_bit(kind):
     _, layer = pair(kind, 6, 40, 2, dropout=0.5)
     x = torch.randn(30, 33, 6)
     assert all(torch.equal(a, b) for a, b in zip(results(layer, x), results(layer, x), strict=True))
+
+
+@KINDS
+def test_dropout_is_that_of_pytorch_but_for_its_random_numbers(kind):
+    """Mean and spread over many masks."""
+    layers = pair(kind, 6, 24, 2, dropout=0.5)
+    x = torch.randn(7, 3, 6)
+    means, spreads = [], []
+    for layer in layers:
+        with torch.no_grad():
+            draws = torch.stack([layer(x)[0] for _ in range(4000)])
+        means.append(draws.mean(0))
+        spreads.append(draws.std(0))
+    errors = (spreads[0] ** 2 + spreads[1] ** 2).div(4000).sqrt()
+    assert ((means[0] - means[1]).abs() < 5 * errors + 1e-6).all()
+    torch.testing.assert_close(spreads[0], spreads[1], rtol=0.1, atol=1e-3)
+    assert torch.equal(layers[1].eval()(x)[0], layers[1](x)[0])
 
 
 @KINDS
@@ -299,7 +343,7 @@ WALK = TimeSeries.from_values(np.cumsum(np.random.default_rng(0).normal(size=(12
 def darts_model(folder: Path, kind: str, *callbacks: pl.Callback, **more: object) -> BlockRNNModel:
     kwargs = trainer_kwargs(Device()) | {"callbacks": [*callbacks]}
     return BlockRNNModel(
-        20, 1, model=kind, hidden_dim=18, n_rnn_layers=2, dropout=0.3, n_epochs=2, batch_size=16, random_state=0,
+        20, 1, model=kind, hidden_dim=18, n_rnn_layers=2, dropout=0.0, n_epochs=2, batch_size=16, random_state=0,
         pl_trainer_kwargs=kwargs, work_dir=str(folder), **more,
     )  # fmt: skip
 

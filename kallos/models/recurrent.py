@@ -102,14 +102,23 @@ def _is_covered(layer: nn.RNNBase, x: torch.Tensor, states: tuple) -> bool:
         and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
     )
 
-# %% ../../nbs/models/22_recurrent.ipynb #20ccd01b
+# %% ../../nbs/models/22_recurrent.ipynb #e26130de
+def _dropout(x: torch.Tensor, probability: float, is_training: bool) -> torch.Tensor:
+    cut = round(probability * 65_536)
+    if not is_training or not cut:
+        return x
+    words = np.random.SFC64(int(torch.randint(2**63 - 1, ()))).random_raw(-(-x.numel() // 4))
+    kept = torch.from_numpy(words.view(np.uint16)[: x.numel()] >= cut).view(x.shape)
+    return x * kept.to(x.dtype).mul_(65_536 / max(1, 65_536 - cut))
+
+# %% ../../nbs/models/22_recurrent.ipynb #995365c0
 def _run(layer: nn.RNNBase, x: torch.Tensor, h0: torch.Tensor | None, c0: torch.Tensor | None) -> tuple:
     """What the layers of a stack return: output, last states and last cells (none for a GRU)."""
     x = x.transpose(0, 1) if layer.batch_first else x
     last = []
     for n, weights in enumerate(layer.all_weights):
         if n:
-            x = F.dropout(x, layer.dropout, layer.training)
+            x = _dropout(x, layer.dropout, layer.training)
         first = [None if states is None else states[n] for states in (h0, c0)]
         x, cells = _Layer.apply(layer.mode, x, *first, *(weights if layer.bias else (*weights, None, None)))
         last.append((x[-1:], cells))
