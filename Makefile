@@ -47,7 +47,7 @@ lab: $(VENV) ## the notebooks in JupyterLab; ARGS='--no-browser' and the like go
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
 bench: .venv-bench/installed ## kallos against its peers, in an environment of their own
-	@for benchmark in tests/benchmarks/*.py; do echo "$$benchmark"; .venv-bench/bin/python $$benchmark || exit; done
+	@for benchmark in tests/benchmarks/bench_*.py; do echo "$$benchmark"; .venv-bench/bin/python $$benchmark || exit; done
 
 export: $(VENV) ## notebooks formatted and cleaned; kallos/ and README.md made from them
 	$(BIN)/ruff format

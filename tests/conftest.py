@@ -112,6 +112,15 @@ def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return request.getfixturevalue("postgres_url")
 
 
+@pytest.fixture
+def market(db_url: str) -> str:
+    """The URL of a database that holds a small sample market with its features."""
+    from tests.study_runs import write_market  # not for every test, because it takes torch along
+
+    write_market(db_url)
+    return db_url
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real market data that KALLOS_REAL_DATA names; without it the test is skipped."""

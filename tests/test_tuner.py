@@ -1,22 +1,13 @@
 """Studies on SQLite and on a real PostgreSQL: a budget that holds through stops and kills, and what is refused."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import optuna
 import psycopg
 import pytest
 
-from kallos.core.config import TuneSettings, study_name
+from kallos.core.config import TuneSettings
 from kallos.core.errors import ConfigError, KallosError, TrainingError
-from kallos.data.features import compute_features
-from kallos.data.sample import sample_bars
-from kallos.data.store import write_bars, write_features
-from kallos.data.tables import connect
 from kallos.models import budget, studies
 from kallos.models.budget import finished_trials
 from kallos.models.datasets import load_table
@@ -24,50 +15,15 @@ from kallos.models.layouts import study_layout
 from kallos.models.storages import study_storage
 from kallos.models.tuner import replay, run_tuning, tune
 from kallos.models.validation import prepare_fold
-
-END = "2022-06-30"
-SMALL = {"asset_id": "BTC", "end_date": END, "model_name": "linear", "folds": 2, "max_epochs": 2}
-
-
-@pytest.fixture
-def market(db_url) -> str:
-    """The URL of a database that holds a small sample market with its features."""
-    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
-    engine = connect(db_url)
-    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
-    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
-    engine.dispose()
-    return db_url
-
-
-def start_tune(url: str, folder: Path) -> subprocess.Popen:
-    """A real `kallos-run tune --no-report` of twelve trials, in a process of its own."""
-    options = f"--model-name linear --asset-id BTC --end-date {END} --n-trials 12 --folds 2 --max-epochs 2"
-    tune = [str(Path(sys.executable).with_name("kallos-run")), "tune", "--no-report", "--output-path", str(folder)]
-    return subprocess.Popen(
-        [*tune, *options.split()], env=os.environ | {"KALLOS_DB_URL": url}, stderr=subprocess.PIPE, text=True
-    )
-
-
-def study_of(url: str, folder: Path, **more) -> optuna.Study:
-    """The study that `start_tune` runs, once it exists."""
-    settings = TuneSettings.from_values(SMALL | {"output_path": str(folder)} | more)
-    storage = study_storage(settings, url)
-    while study_name(settings) not in optuna.get_all_study_names(storage):
-        time.sleep(0.05)
-    return optuna.load_study(study_name=study_name(settings), storage=storage)
-
-
-def finished(url: str, folder: Path, **more) -> list[optuna.trial.FrozenTrial]:
-    """The finished trials of `study_of`."""
-    return finished_trials(study_of(url, folder, **more))
+from tests.study_runs import END, SMALL, is_spent, replays, small_settings, start_tune, study_of, write_market
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
-    process = start_tune(market, tmp_path)
-    study = study_of(market, tmp_path)
+    settings = small_settings(tmp_path, n_trials=12)
+    process = start_tune(market, settings)
+    study = study_of(market, settings)
     while len(finished_trials(study)) < 5:
         assert process.poll() is None, process.communicate()[1]
     process.send_signal(stop)
@@ -78,29 +34,19 @@ def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
         assert process.returncode == 3
         assert "resume" in stderr
         assert "Traceback" not in stderr
-    assert start_tune(market, tmp_path).wait(timeout=180) == 0
-    trials = finished(market, tmp_path)
-    assert len(trials) == 12
-    assert len({tuple(sorted(trial.params.items())) for trial in trials}) == 12
+    assert start_tune(market, settings).wait(timeout=180) == 0
+    trials = finished_trials(study_of(market, settings))
+    assert is_spent(market, settings)
     assert [t.params for t in trials[: len(before)]] == [t.params for t in before]
-    settings = TuneSettings.from_values(
-        SMALL | {"n_trials": 12, "output_path": str(tmp_path / "whole"), "study_name": "whole"}
-    )
-    table = load_table(settings, market)
-    folds = [prepare_fold(table, bounds, settings=settings) for bounds in study_layout(table, settings)]
-    assert [replay(trial, folds, settings=settings) for trial in trials] == [trial.value for trial in trials]
+    assert replays(market, settings)
     if stop == signal.SIGINT:  # nothing but the time of the stop was lost: the study is that of a run without a stop
-        whole = tune(settings, db=market, progress=False)
+        whole = tune(small_settings(tmp_path / "whole", n_trials=12, study_name="whole"), db=market, progress=False)
         by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
         assert [by_slot[slot].params for slot in range(12)] == [trial.params for trial in whole.trials]
 
 
 def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_url, tmp_path, monkeypatch):
-    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
-    engine = connect(postgres_kwargs)
-    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
-    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
-    engine.dispose()
+    write_market(postgres_url)
     groups = {"volume_features": ["volume", "taker_buy_base_asset_volume"], "bounded_features": ["rsi", "mfi"]}
     groups |= {"unbounded_features": ["macd_diff"]}
     for schema, n_trials in (("optuna_studies", 2), ("second", 3), ("optuna_studies", 3)):
@@ -121,7 +67,7 @@ def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_u
 
 
 def test_forecasts_of_every_trial_are_kept(market, tmp_path):
-    settings = TuneSettings.from_values(SMALL | {"n_trials": 2, "output_path": str(tmp_path)})
+    settings = small_settings(tmp_path, n_trials=2)
     study = tune(settings, db=market, progress=False)
     storage, store = study_storage(settings, market), studies.artifact_store(settings, market)
     table = load_table(settings, market)
@@ -152,15 +98,12 @@ def test_forecasts_of_every_trial_are_kept(market, tmp_path):
 )
 def test_another_question_under_the_same_name_is_refused(tmp_path, change, named):
     url = f"sqlite:///{tmp_path / 'kallos.db'}"
-    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
-    engine = connect(url)
-    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
-    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
+    write_market(url)
     same = SMALL | {"study_name": "one", "output_path": str(tmp_path), "n_trials": 1}
     tune(TuneSettings.from_values(same), db=url, progress=False)
     with pytest.raises(ConfigError, match=rf"study 'one' exists.*{named}"):
         tune(TuneSettings.from_values(same | change), db=url, progress=False)
-    assert len(finished(url, tmp_path, study_name="one")) == 1
+    assert len(finished_trials(study_of(url, small_settings(tmp_path, study_name="one")))) == 1
 
 
 def test_a_failing_network_fills_its_slot_and_says_why(market, tmp_path, monkeypatch):
@@ -168,15 +111,15 @@ def test_a_failing_network_fills_its_slot_and_says_why(market, tmp_path, monkeyp
         raise TrainingError("the loss is NaN", received="epoch 2")
 
     monkeypatch.setattr("kallos.models.tuner.validate", fails)
-    settings = TuneSettings.from_values(SMALL | {"n_trials": 2, "output_path": str(tmp_path)})
+    settings = small_settings(tmp_path, n_trials=2)
     with pytest.raises(TrainingError, match=r"no trial .* completed: the loss is NaN; got 'epoch 2'"):
         tune(settings, db=market, progress=False)
-    assert len(finished(market, tmp_path)) == 2
+    assert len(finished_trials(study_of(market, settings))) == 2
 
 
 def test_a_trial_that_died_before_its_first_heartbeat_is_run_again(market, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "GRACE_SECONDS", 1)
-    settings = TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)})
+    settings = small_settings(tmp_path, n_trials=1)
     study = tune(settings, db=market, progress=False)
     study.enqueue_trial(study.trials[0].params, user_attrs={"slot": 1, "worker": "gone", "claim": "c"})
     study.ask()  # and nothing more is heard of it
@@ -191,35 +134,25 @@ def test_the_right_to_create_a_schema_is_needed_only_where_there_is_none(postgre
         connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'")
         connection.execute(f"CREATE SCHEMA mine AUTHORIZATION {name}")
     url = postgres_url.replace("postgres:secret-of-the-tests", f"{name}:x")
-    settings = TuneSettings.from_values(SMALL | {"output_path": str(tmp_path), "optuna_schema": "mine"})
+    settings = small_settings(tmp_path, optuna_schema="mine")
     assert optuna.get_all_study_names(study_storage(settings, url)) == []
     with pytest.raises(KallosError, match="permission denied"):
         study_storage(settings.model_copy(update={"optuna_schema": "yours"}), url)
 
 
 def test_a_study_that_began_in_sqlite_is_not_replaced_by_a_copy(postgres_url, tmp_path):
-    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
-    settings = TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)})
+    settings = small_settings(tmp_path, n_trials=1)
     for url in (f"sqlite:///{tmp_path / 'kallos.db'}", postgres_url):
-        engine = connect(url)
-        write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
-        write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
-        engine.dispose()
+        write_market(url)
     tune(settings, db=f"sqlite:///{tmp_path / 'kallos.db'}", progress=False)
     with pytest.raises(ConfigError, match=r"optuna.db holds a study of its own of that name"):
         tune(settings, db=postgres_url, progress=False)
-    assert len(finished(f"sqlite:///{tmp_path / 'kallos.db'}", tmp_path)) == 1
+    assert len(finished_trials(study_of(f"sqlite:///{tmp_path / 'kallos.db'}", settings))) == 1
 
 
 def test_no_password_is_written_anywhere(postgres_kwargs, postgres_url, tmp_path):
-    bars = sample_bars(timeframe="1d", start="2019-01-01", end="2022-12-31", seed=1)
-    engine = connect(postgres_url)
-    write_bars(engine, bars, asset_id="BTC", timeframe="1d", venue="sample")
-    write_features(engine, compute_features(bars, timeframe="1d"), asset_id="BTC", timeframe="1d")
-    engine.dispose()
-    tune(
-        TuneSettings.from_values(SMALL | {"n_trials": 1, "output_path": str(tmp_path)}), db=postgres_url, progress=False
-    )
+    write_market(postgres_url)
+    tune(small_settings(tmp_path, n_trials=1), db=postgres_url, progress=False)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert written
     assert not [path for path in written if postgres_kwargs["postgres_password"].encode() in path.read_bytes()]

@@ -37,13 +37,6 @@ NETWORK = {"model_name": "nlinear", "max_epochs": 6}  # trains by epochs, and fa
 
 
 @pytest.fixture
-def market(db_url) -> str:
-    """The URL of a database that holds a small sample market with its features."""
-    write_market(db_url)
-    return db_url
-
-
-@pytest.fixture
 def local_market(tmp_path) -> str:
     """The same in SQLite."""
     url = f"sqlite:///{tmp_path / 'kallos.db'}"

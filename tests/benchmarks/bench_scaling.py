@@ -34,10 +34,10 @@ from kallos.models.architectures import MODELS
 from kallos.models.budget import finished_trials
 from kallos.models.datasets import load_table
 from kallos.models.layouts import study_identity
+from kallos.models.rounds import validate_in_turns
 from kallos.models.storages import local_study, study_storage
 from kallos.models.studies import open_study
 from kallos.models.tuner import tune, work
-from kallos.models.validation import validate_in_turns
 
 LONG = 75_840  # bars of 15m, 790 days
 LIMITS = {"1d": 1024, "15m": 2048}  # MiB
