@@ -65,7 +65,7 @@ def _emit_tile(builder, vector, width, arrays, integers, shape) -> None:
     for place, total in zip(tile, sums, strict=True):
         builder.store(builder.load(total), at(out, *place), align=width)
 
-# %% ../../nbs/models/21d_kernels.ipynb #80f19002
+# %% ../../nbs/models/21d_kernels.ipynb #fbe2ec91
 def _row_step(builder, array, width):
     rows, stride = (cgutils.unpack_tuple(builder, sizes)[0] for sizes in (array.shape, array.strides))
     is_one = builder.icmp_signed("==", rows, ir.Constant(rows.type, 1))  # one row stands for every row
@@ -77,12 +77,13 @@ def _add_products(builder, sums, factor, weights) -> None:
     nothing = ir.Constant(vector, ir.Undefined)
     everywhere = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     spread = builder.shuffle_vector(builder.insert_element(nothing, factor, first), nothing, everywhere)
+    name = f"llvm.fma.v{LANES}f{32 if vector.element == ir.FloatType() else 64}"
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
     for total, weight in zip(sums, weights, strict=True):
-        product = builder.fmul(spread, weight, flags=("contract",))  # contract: one multiply-add instruction
-        builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+        builder.store(builder.call(fma, [spread, weight, builder.load(total)]), total)
 
-# %% ../../nbs/models/21d_kernels.ipynb #6f9d0fa3
-_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
+# %% ../../nbs/models/21d_kernels.ipynb #dacf0ff7
+_compiled = njit(cache=True, nogil=True, error_model="numpy")
 _tile_of_rows, _tile_of_one, _tile_of_columns = _tile(_ROWS), _tile(1), _tile(_ROWS, transposed=True)
 
 
