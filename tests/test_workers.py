@@ -284,5 +284,5 @@ def dashboard_trials(folder: Path) -> list[dict]:
         number = listed["study_summaries"][0]["study_id"]
         return json.load(urlopen(f"{address}/{number}?after=0", timeout=5))["trials"]
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()  # a background job may be deaf to SIGINT
         server.wait(20)
