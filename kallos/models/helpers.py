@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOK_SECONDS', 'SILENT_SECONDS', 'trial_seed', 'Helpers', 'lend_a_hand']
 
-# %% ../../nbs/models/24j_helpers.ipynb #d7752ced
+# %% ../../nbs/models/24j_helpers.ipynb #a86d7610
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,7 @@ import optuna
 import torch
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..core.config import TuneSettings
 from ..core.errors import KallosError, TrainingError
@@ -45,7 +46,7 @@ def _kind(plan: FitPlan) -> dict[str, Any]:
     kind = {"torch": str(torch.__version__), "cpu": torch.backends.cpu.get_cpu_capability(), **asdict(plan.device)}
     return kind | ({"card": torch.cuda.get_device_name()} if plan.device.accelerator == "cuda" else {})
 
-# %% ../../nbs/models/24j_helpers.ipynb #6ffeade6
+# %% ../../nbs/models/24j_helpers.ipynb #76b39a22
 class _Record:
     """What a helper wrote of a fold."""
 
@@ -57,7 +58,7 @@ class _Record:
             self.said, self.since = said, time.monotonic()
             try:
                 self.result = load(said["result"]) if said["result"] else None
-            except KallosError as error:
+            except (KallosError, SQLAlchemyError) as error:
                 log_event("a helper's fold is lost", level="warning", reason=str(error))
                 self.since = float("-inf")
 
@@ -118,7 +119,7 @@ def _wanted(
             found += [(len(left), -trial.number, trial, left[-1])] if len(left) > 1 else []
     return max(found, key=lambda one: one[:2])[2:] if found else None
 
-# %% ../../nbs/models/24j_helpers.ipynb #6d805090
+# %% ../../nbs/models/24j_helpers.ipynb #d7e46131
 class _Enough(Exception):
     """Raised in a fit that nobody needs any more."""
 
@@ -138,7 +139,7 @@ def lend_a_hand(
     if found:
         frozen, fold = found
         log_event("helps with a fold", trial=frozen.number, fold=fold.fold)
-        with suppress(_Enough, TrainingError, UpdateFinishedTrialError, StorageInternalError):
+        with suppress(_Enough, TrainingError, UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError):
             _run(Trial(study, frozen._trial_id), fold, settings=settings, plan=plan, store=store, is_idle=is_idle)
     return found is not None
 

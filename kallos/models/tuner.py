@@ -201,7 +201,7 @@ def work(
     with suppress(Stopped):
         run_budget(study, run, space=MODELS[s.model_name].space, **how)
 
-# %% ../../nbs/models/25_tuner.ipynb #25a7338b
+# %% ../../nbs/models/25_tuner.ipynb #19a7c5ac
 def _run_trial(trial: optuna.Trial, judge: Judge, pulse: Pulse, *, folds, plan, settings, store, after: Callable):
     def on_epoch(fold: int, row: dict[str, float]) -> None:
         pulse.at = [fold, row["epoch"]]
@@ -209,11 +209,9 @@ def _run_trial(trial: optuna.Trial, judge: Judge, pulse: Pulse, *, folds, plan, 
 
     if plan.device.n_threads > 1:
         trial.set_user_attr("threads", plan.device.n_threads)
-    others, kept = (
-        Helpers(trial, plan=plan, store=store, on_wait=after),
-        {"settings": settings, "artifact_store": store},
-    )
-    return objective(trial, folds, plan=replace(plan, on_epoch=on_epoch), judge=judge, others=others, **kept)
+    how = {"plan": replace(plan, on_epoch=on_epoch), "judge": judge}
+    others = Helpers(trial, plan=plan, store=store, on_wait=after)
+    return objective(trial, folds, settings=settings, artifact_store=store, others=others, **how)
 
 # %% ../../nbs/models/25_tuner.ipynb #773a70fd
 def _open(settings: TuneSettings, db: Any, table: pd.DataFrame) -> optuna.Study:
