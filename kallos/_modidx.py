@@ -1351,6 +1351,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'kallos/models/storages.py'),
                                         'kallos.models.storages._ArtifactTable.__init__': ( 'models/storages.html#_artifacttable.__init__',
                                                                                             'kallos/models/storages.py'),
+                                        'kallos.models.storages._ArtifactTable._run': ( 'models/storages.html#_artifacttable._run',
+                                                                                        'kallos/models/storages.py'),
                                         'kallos.models.storages._Lock': ('models/storages.html#_lock', 'kallos/models/storages.py'),
                                         'kallos.models.storages._Lock.__init__': ( 'models/storages.html#_lock.__init__',
                                                                                    'kallos/models/storages.py'),

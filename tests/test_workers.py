@@ -1,11 +1,13 @@
 """Studies with many workers, on a journal, on PostgreSQL and on a Dask cluster, of which some are really killed."""
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -17,9 +19,10 @@ from distributed import LocalCluster
 
 from kallos.core.errors import ConfigError, DataError
 from kallos.core.runs import read_json
+from kallos.data.database import to_url
 from kallos.models import studies
 from kallos.models.budget import best_trial, finished_trials
-from kallos.models.storages import JOURNAL
+from kallos.models.storages import JOURNAL, DatabaseArtifactStore
 from kallos.models.tuner import tune
 from tests.study_runs import (
     is_spent,
@@ -176,6 +179,21 @@ def test_a_database_that_restarts_stops_nothing(own_postgres, tmp_path):
     server, url = own_postgres
     write_market(url)
     outlasts_an_outage(server, url, small_settings(tmp_path / "out", n_trials=12, n_jobs=2, **NETWORK), seconds=3)
+
+
+@pytest.mark.slow
+def test_a_table_that_is_uploaded_while_the_database_is_away_arrives(own_postgres):
+    server, url = own_postgres
+    store = DatabaseArtifactStore(to_url(url))
+    store.write("before", io.BytesIO(b"1"))
+    server.stop()
+    back = threading.Timer(2, server.start)
+    back.start()
+    store.write("during", io.BytesIO(b"2"))
+    back.join()
+    assert [store.open_reader(name).read() for name in ("before", "during")] == [b"1", b"2"]
+    store.write("during", io.BytesIO(b"3"))
+    assert store.open_reader("during").read() == b"3"
 
 
 @pytest.mark.soak

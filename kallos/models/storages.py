@@ -186,7 +186,7 @@ def _move_studies(source: optuna.storages.BaseStorage, target: optuna.storages.B
             optuna.delete_study(study_name=name, storage=target)
         optuna.copy_study(from_study_name=name, from_storage=source, to_storage=target)
 
-# %% ../../nbs/models/23e_storages.ipynb #c4caea3b
+# %% ../../nbs/models/23e_storages.ipynb #f1542f1f
 _T = TypeVar("_T")
 
 
@@ -198,12 +198,12 @@ def outlast(
     while True:
         try:
             return call()
-        except (DatabaseError, StorageInternalError):
+        except (DatabaseError, StorageInternalError, sa.exc.OperationalError):
             if time.monotonic() > end:
                 raise
             time.sleep(0.5)
 
-# %% ../../nbs/models/23e_storages.ipynb #0d9a09c6
+# %% ../../nbs/models/23e_storages.ipynb #3339af4d
 class _ArtifactTable:
     """The table in the schema of that URL, made if absent."""
 
@@ -214,25 +214,31 @@ class _ArtifactTable:
         with one_at_a_time(self._engine) as connection:
             self._table.create(connection, checkfirst=True)
 
-# %% ../../nbs/models/23e_storages.ipynb #c6ee8a76
+    def _run(self, *statements: sa.Executable) -> Any:
+        def run() -> Any:
+            with self._engine.begin() as connection:
+                *_, last = [connection.execute(statement) for statement in statements]
+                return last.scalar() if last.returns_rows else None
+
+        return outlast(run)
+
+# %% ../../nbs/models/23e_storages.ipynb #412fd695
 class DatabaseArtifactStore(_ArtifactTable):
     """Optuna's protocol for an artifact store, kept in a table of the study's schema."""
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """The artifact's bytes as a file; ArtifactNotFound if there is none."""
-        with self._engine.connect() as connection:
-            wanted = sa.select(self._table.c.content).where(self._table.c.id == artifact_id)
-            content = connection.execute(wanted).scalar()
+        content = self._run(sa.select(self._table.c.content).where(self._table.c.id == artifact_id))
         if content is None:
             raise ArtifactNotFound(artifact_id)
         return io.BytesIO(content)
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Keeps the bytes under that id; returns nothing."""
-        with self._engine.begin() as connection:
-            connection.execute(self._table.insert().values(id=artifact_id, content=content_body.read()))
+        values = {"id": artifact_id, "content": content_body.read()}
+        # a write whose answer was lost with the connection is made again
+        self._run(self._table.delete().where(self._table.c.id == artifact_id), self._table.insert().values(values))
 
     def remove(self, artifact_id: str) -> None:
         """Forgets the artifact; returns nothing."""
-        with self._engine.begin() as connection:
-            connection.execute(self._table.delete().where(self._table.c.id == artifact_id))
+        self._run(self._table.delete().where(self._table.c.id == artifact_id))
