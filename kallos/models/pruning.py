@@ -17,8 +17,8 @@ from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 from ..core.config import TuneSettings
 from .architectures import MODELS
 
-# %% ../../nbs/models/24c_pruning.ipynb #350ad827
-STARTUP_TRIALS, FIRST_EPOCH, REDUCTION = 4, 2, 3
+# %% ../../nbs/models/24c_pruning.ipynb #5cc6f010
+STARTUP_TRIALS, FIRST_EPOCH, REDUCTION = 4, 3, 3
 
 
 def wilcoxon_threshold(

@@ -56,12 +56,12 @@ def variants(settings: TuneSettings) -> Iterator[tuple[str, BasePruner]]:
     for startup, warmup in product((2, 3, 4, 5), (1, 2, 3)):
         label = f"median, startup {startup}, warm-up {warmup}"
         yield label, MedianPruner(n_startup_trials=startup, n_warmup_steps=warmup)
-    for factor in (2, 3, 4):
-        how = {"min_resource": 1, "reduction_factor": factor}
-        yield f"successive_halving, reduction {factor}", SuccessiveHalvingPruner(**how)
+    for first, factor in product((1, 2, 3, 4), (2, 3, 4)):
+        how, label = {"min_resource": first, "reduction_factor": factor}, f"from epoch {first}, reduction {factor}"
+        yield f"successive_halving {label}", SuccessiveHalvingPruner(**how)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            yield f"hyperband, reduction {factor}", HyperbandPruner(**how, max_resource=settings.max_epochs)
+            yield f"hyperband {label}", HyperbandPruner(**how, max_resource=settings.max_epochs)
 
 
 @dataclass(frozen=True)
@@ -106,5 +106,5 @@ def replay_pruners(studies: list[list[Course]], settings: TuneSettings) -> None:
         cuts = [cut(trials, pruner, is_fold=is_fold) for trials, pruner in zip(studies, pruners, strict=True)]
         epochs, seconds = (sum(getattr(c, name) for c in cuts) / len(cuts) for name in ("epochs", "seconds"))
         kept, worst = sum(c.loss == 0 for c in cuts), max(c.loss for c in cuts)
-        line = f"{label:<33} leaves {epochs:4.0%} of the fold-epochs, {seconds:4.0%} of the time;"
+        line = f"{label:<45} leaves {epochs:4.0%} of the fold-epochs, {seconds:4.0%} of the time;"
         print(f"{line} best trial kept in {kept} of {len(cuts)}, at worst {worst:+.4f}", flush=True)
