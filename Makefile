@@ -31,7 +31,7 @@ test: $(VENV) ## everything that must hold: lint, sync, every module notebook, e
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tools/sync.py --check
-	$(BIN)/nbdev_test --file_re '^\d' --n_workers 1
+	$(BIN)/nbdev_test --file_re '^\d'
 	$(PYTEST) -m "not soak"
 
 check: $(VENV) ## the quick part of test: lint, sync and the fast tests
