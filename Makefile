@@ -32,7 +32,7 @@ test: $(VENV) ## everything that must hold: lint, sync, every module notebook, e
 	$(BIN)/ruff format --check
 	$(BIN)/python tools/sync.py --check
 	$(BIN)/nbdev_test --file_re '^\d'
-	$(PYTEST) -m "not soak"
+	$(PYTEST) -m "not soak" --durations 25 --durations-min 20
 
 check: $(VENV) ## the quick part of test: lint, sync and the fast tests
 	$(BIN)/ruff check

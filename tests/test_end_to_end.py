@@ -45,18 +45,22 @@ def has_no_errors(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def with_market(folder: Path, url: str) -> tuple[Path, str]:
+    """A new working folder, and the database, which now holds a sample market and its features."""
+    folder.mkdir()
+    kallos_run(folder, url, "sample", "--timeframe", "1d", "--start", "2019-01-01", "--end", "2022-12-31")
+    kallos_run(folder, url, "features", "--timeframe", "1d")
+    return folder, url
+
+
 @pytest.fixture
 def market(tmp_path, db_url) -> tuple[Path, str]:
-    """A working folder, and a database with a sample market and its features."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    kallos_run(folder, db_url, "sample", "--timeframe", "1d", "--start", "2019-01-01", "--end", "2022-12-31")
-    kallos_run(folder, db_url, "features", "--timeframe", "1d")
-    return folder, db_url
+    """A working folder, and a database of either kind with a sample market and its features."""
+    return with_market(tmp_path / "work", db_url)
 
 
-def test_tune_and_train_with_their_reports(market, postgres_kwargs):
-    folder, url = market
+def test_tune_and_train_with_their_reports(tmp_path, postgres_url, postgres_kwargs):
+    folder, url = with_market(tmp_path / "work", postgres_url)  # on SQLite, papermill runs the same notebooks below
     what = ["--model-name", "gru", "--end-date", END]
     said = kallos_run(folder, url, "tune", *what, *TINY, "--optuna-schema", "studies_of_test")
     assert "On the folds that chose it: " in said
@@ -109,11 +113,8 @@ def test_no_report_leaves_the_study_in_the_output_path(market):
 
 @pytest.fixture
 def sqlite_market(tmp_path) -> tuple[Path, str]:
-    """A working folder and an SQLite database with a sample market and its features."""
-    url = f"sqlite:///{tmp_path / 'kallos.db'}"
-    kallos_run(tmp_path, url, "sample", "--timeframe", "1d", "--start", "2019-01-01", "--end", "2022-12-31")
-    kallos_run(tmp_path, url, "features", "--timeframe", "1d")
-    return tmp_path, url
+    """The same on SQLite alone."""
+    return with_market(tmp_path / "work", f"sqlite:///{tmp_path / 'kallos.db'}")
 
 
 def test_papermill_runs_the_notebooks(sqlite_market, root):
