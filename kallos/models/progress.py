@@ -50,7 +50,7 @@ class _Log:
         for trial in trials:
             if trial.state.is_finished() and trial.number not in self._ended:
                 self._ended.add(trial.number)
-                kept = {name: trial.user_attrs.get(name) for name in ("slot", "skill", "failure", "lost")}
+                kept = {name: trial.user_attrs.get(name) for name in ("slot", "skill", "failure", "lost", "withdrawn")}
                 log_event("trial ended", trial=trial.number, state=trial.state.name, score=trial.value, **kept)
 
 

@@ -28,6 +28,7 @@ from market import MIDDLING, add_study_options, store_market, study_settings, wa
 from optuna.trial import TrialState, create_trial
 
 from kallos.core.config import TuneSettings, as_parameters, study_name
+from kallos.core.errors import DataError
 from kallos.core.schemas import timeframe_delta
 from kallos.data.sample import sample_bars
 from kallos.models.architectures import MODELS
@@ -180,7 +181,11 @@ def cost_part(options: argparse.Namespace, folder: Path) -> None:
             sized = argparse.Namespace(**vars(options) | {"folds": folds, "end_date": "2026-12-31"})
             how = {"timeframe": timeframe, "pruner": "none", "max_samples_per_epoch": most}
             settings = study_settings(sized, folder / f"{rows}_{folds}_{most}", **how)
-            seconds, peak = run_worker(settings, url)
+            try:
+                seconds, peak = run_worker(settings, url)
+            except DataError as error:
+                print(f"  {rows:>7,} of {timeframe:>3} {folds:>8}   {error}", flush=True)
+                continue
             note = f", {most:,} windows an epoch" if most else ""
             limit = f"limit {LIMITS[timeframe]:,}{note}"
             print(f"  {rows:>7,} of {timeframe:>3} {folds:>8} {seconds:>11.1f} {peak:>10.0f}, {limit}", flush=True)
