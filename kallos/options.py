@@ -95,7 +95,7 @@ _RUN = {
     "feature_groups": _option(str, "Features by way of scaling: JSON or a YAML file.", "as in config/train.yaml"),
     "horizon": _option(int, "Bars ahead.", "1"),
     "device": _option(str, "Where networks train: auto, cpu or cuda.", "auto"),
-    "precision": _option(str, "Of a network's arithmetic: auto, 32, bf16 or 16.", "auto"),
+    "precision": _option(str, "Of a network's arithmetic: auto, 32, mixed, bf16 or 16.", "auto"),
     "config": _option(Path, "YAML file of settings, as config/train.yaml; typed options win."),
     "exact": _flag("--exact", "Train recurrent networks with PyTorch's own layers, slower by half or more."),
     "train_stride": _option(int, "Bars from one training window to the next.", "1"),

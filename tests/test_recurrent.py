@@ -20,12 +20,23 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from kallos.core.devices import Device, trainer_kwargs
+from kallos.core.devices import Device, has_bf16_products, trainer_kwargs
 from kallos.models import recurrent
-from kallos.models.recurrent import FastGRU, FastLayers, FastLSTM, use_fast_layers
+from kallos.models.recurrent import (
+    MIXED_FROM,
+    FastGRU,
+    FastLayers,
+    FastLSTM,
+    MixedGRU,
+    MixedLSTM,
+    use_fast_layers,
+    use_plain_layers,
+)
 
 FAST = {nn.GRU: FastGRU, nn.LSTM: FastLSTM}
+MIXED = {nn.GRU: MixedGRU, nn.LSTM: MixedLSTM}
 KINDS = pytest.mark.parametrize("kind", FAST)
+MIXES = pytest.mark.skipif(not has_bf16_products(), reason="this processor has no products of bf16 (AVX512-BF16)")
 
 
 @pytest.fixture(autouse=True)
@@ -317,6 +328,102 @@ def test_nan_and_infinity_come_out(kind):
     assert fast(torch.randn(5, 3, 6))[0].isnan().any()
 
 
+# Mixed precision
+
+
+def mixed_pair(kind: type, *sizes: int, **more: object) -> tuple[nn.RNNBase, nn.RNNBase]:
+    """The fast layer and the one of mixed precision, with the same weights."""
+    fast, mixed = FAST[kind](*sizes, **more), MIXED[kind](*sizes, **more)
+    mixed.load_state_dict(fast.state_dict())
+    return fast, mixed
+
+
+def rounded(layer: nn.RNNBase) -> nn.RNNBase:
+    """A copy whose weights are rounded to bf16."""
+    other = copy.deepcopy(layer)
+    for weight in other.parameters():
+        weight.data = weight.data.bfloat16().float()
+    return other
+
+
+@MIXES
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(list(MIXED)),
+    hidden=st.integers(1, 140),
+    n_layers=st.integers(1, 3),
+    batch=st.integers(1, 20),
+    steps=st.integers(1, 12),
+    bias=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.4]),
+    seed=st.integers(0, 1000),
+)
+def test_mixed_precision_rounds_factors_and_nothing_else(kind, hidden, n_layers, batch, steps, bias, dropout, seed):
+    torch.manual_seed(seed)
+    fast, mixed = mixed_pair(kind, 6, hidden, n_layers, bias=bias, dropout=dropout if n_layers > 1 else 0.0)
+    x = torch.randn(steps, batch, 6)
+    full, found = (results(layer, x, seed=seed) for layer in (fast, mixed))
+    assert difference(found, full) < 5e-2
+    assert all(torch.equal(a, b) for a, b in zip(results(mixed, x, seed=seed), found, strict=True))
+
+
+@MIXES
+@KINDS
+def test_what_training_is_given_is_not_rounded(kind):
+    """The input's own products are in full, so that two prices which bf16 cannot tell apart stay apart."""
+    torch.manual_seed(0)
+    _, mixed = mixed_pair(kind, 6, 24)
+    x = torch.ones(1, 3, 6)
+    nearly = x * (1 + 2**-12)
+    assert torch.equal(nearly.bfloat16(), x.bfloat16())
+    outputs = [mixed(one)[0] for one in (x, nearly)]
+    assert not torch.equal(*outputs)
+    full = [FAST[kind].forward(mixed.eval(), one)[0] for one in (x, nearly)]
+    torch.testing.assert_close(outputs[1] - outputs[0], full[1] - full[0], rtol=1e-2, atol=1e-6)
+
+
+@MIXES
+@KINDS
+def test_the_states_are_rounded_in_training_alone(kind):
+    torch.manual_seed(0)
+    fast, mixed = mixed_pair(kind, 6, 24, 2)
+    x = torch.randn(9, 5, 6)
+    assert not torch.equal(mixed(x)[0], fast(x)[0])
+    assert torch.equal(mixed.eval()(x)[0], fast.eval()(x)[0])
+    assert torch.equal(mixed.double().train()(x.double())[0], fast.double().train()(x.double())[0])
+
+
+@MIXES
+@KINDS
+def test_weights_of_bf16_are_multiplied_exactly(kind):
+    """With weights that bf16 holds and first states of zero, the first step of the first layer rounds nothing."""
+    torch.manual_seed(0)
+    fast, mixed = map(rounded, mixed_pair(kind, 6, 40))
+    x = torch.randn(1, 7, 6)
+    assert torch.equal(mixed(x)[0], fast(x)[0])
+    state = torch.randn(1, 7, 40).bfloat16().float()
+    states = state if kind is nn.GRU else (state, state)
+    torch.testing.assert_close(mixed(x, states)[0], fast(x, states)[0], rtol=0, atol=1e-6)
+
+
+@MIXES
+@KINDS
+def test_nan_comes_out_of_mixed_products(kind):
+    _, mixed = mixed_pair(kind, 6, 16, 2)
+    x = torch.randn(5, 3, 6)
+    x[1, 2, 3] = torch.nan
+    output = mixed(x)[0]
+    assert output[:, :2].isfinite().all() and output[1:, 2].isnan().all()
+
+
+def test_small_layers_stay_in_full():
+    network = nn.ModuleList([nn.GRU(2, MIXED_FROM - 1), nn.GRU(2, MIXED_FROM), nn.LSTM(2, MIXED_FROM)])
+    use_fast_layers(network, mixed=True)
+    assert [type(layer) for layer in network] == [FastGRU, MixedGRU, MixedLSTM]
+    use_plain_layers(network)
+    assert [type(layer) for layer in network] == [nn.GRU, nn.GRU, nn.LSTM]
+
+
 # In a fit
 
 
@@ -341,10 +448,10 @@ def layer_kinds(network: nn.Module) -> set[type]:
 WALK = TimeSeries.from_values(np.cumsum(np.random.default_rng(0).normal(size=(120, 1)), axis=0).astype("float32"))
 
 
-def darts_model(folder: Path, kind: str, *callbacks: pl.Callback, **more: object) -> BlockRNNModel:
+def darts_model(folder: Path, kind: str, *callbacks: pl.Callback, hidden: int = 18, **more: object) -> BlockRNNModel:
     kwargs = trainer_kwargs(Device()) | {"callbacks": [*callbacks]}
     return BlockRNNModel(
-        20, 1, model=kind, hidden_dim=18, n_rnn_layers=2, dropout=0.0, n_epochs=2, batch_size=16, random_state=0,
+        20, 1, model=kind, hidden_dim=hidden, n_rnn_layers=2, dropout=0.0, n_epochs=2, batch_size=16, random_state=0,
         pl_trainer_kwargs=kwargs, work_dir=str(folder), **more,
     )  # fmt: skip
 
@@ -374,6 +481,28 @@ def test_a_darts_fit(kind: str, saved: bool, tmp_path: Path):
         assert layer_kinds(best.model) == {own}
 
 
+@MIXES
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_a_darts_fit_in_mixed_precision(kind: str, tmp_path: Path):
+    own, plain, mixed = getattr(nn, kind), Record(), Record()
+    models = [
+        darts_model(tmp_path, kind, record, *fast, hidden=MIXED_FROM).fit(WALK[:90], val_series=WALK[60:])
+        for record, fast in ((plain, ()), (mixed, (FastLayers(mixed=True),)))
+    ]
+    assert mixed.kinds == {MIXED[own]} and layer_kinds(models[1].model) == {own}
+    np.testing.assert_allclose(mixed.losses, plain.losses, rtol=2e-2)
+    assert mixed.losses != plain.losses
+    network, windows = models[1].model.eval(), torch.randn(8, 20, 1)
+    with torch.no_grad():
+        before = network.rnn(windows)[0]
+    models[1].save(str(tmp_path / "model.pt"), clean=True)
+    loaded = BlockRNNModel.load(str(tmp_path / "model.pt"))
+    assert layer_kinds(loaded.model) == {own}
+    with torch.no_grad():
+        assert torch.equal(loaded.model.eval().rnn(windows)[0], before)
+
+
 @pytest.mark.parametrize("fail", [ValueError("stopped"), KeyboardInterrupt()])
 def test_a_fit_that_fails_leaves_plain_layers(fail: BaseException, tmp_path: Path):
     record = Record(fail)
@@ -393,16 +522,18 @@ def test_subclasses_are_left_alone():
 
 
 def test_the_callback_can_be_copied():
-    for other in (copy.deepcopy(FastLayers()), pickle.loads(pickle.dumps(FastLayers()))):
-        assert type(other) is FastLayers
+    for other in (copy.deepcopy(FastLayers(mixed=True)), pickle.loads(pickle.dumps(FastLayers(mixed=True)))):
+        assert type(other) is FastLayers and other.mixed
 
 
 HASHES = """
 import hashlib, time, torch
-from kallos.models.recurrent import FastGRU, FastLSTM
+from kallos.core.devices import has_bf16_products
+from kallos.models.recurrent import FastGRU, FastLSTM, MixedGRU
 torch.set_num_threads(1)
 begun, found = time.time(), hashlib.sha256()
-for kind, sizes, batch in ((FastGRU, (6, 44, 2), 32), (FastGRU, (6, 110, 1), 20), (FastLSTM, (6, 44, 1), 32)):
+cases = [(FastGRU, (6, 44, 2), 32), (FastGRU, (6, 110, 1), 20), (FastLSTM, (6, 44, 1), 32)]
+for kind, sizes, batch in cases + [(MixedGRU, (6, 44, 2), 31)] * has_bf16_products():
     torch.manual_seed(0)
     layer, x = kind(*sizes, dropout=0.3 * (sizes[2] > 1)), torch.randn(30, batch, 6, requires_grad=True)
     output = layer(x)[0]

@@ -82,6 +82,8 @@ def main() -> int:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_bytes(content)
             print(f"wrote {path}")
+    for compiled in (root / "kallos").rglob("*.nb[ic]") if changes and not only_check else []:
+        compiled.unlink()  # numba notices a change only in a function's own file
     return int(only_check and bool(changes))
 
 

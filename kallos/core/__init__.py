@@ -82,6 +82,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "devices": (
             "Device",
+            "has_bf16_products",
             "keep_interrupts",
             "limit_threads",
             "memory_guard",

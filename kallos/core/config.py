@@ -190,7 +190,7 @@ class RunSettings(Settings):
     feature_groups: Groups = Field(FeatureGroups(), description="features by the way in which they are scaled")
     seed: int = Field(0, ge=0, description="makes the run repeatable")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks train")
-    precision: Literal["auto", "32", "bf16", "16"] = Field("auto", description="of a network's arithmetic")
+    precision: Literal["auto", "32", "mixed", "bf16", "16"] = Field("auto", description="of a network's arithmetic")
     exact: bool = Field(False, description="train recurrent networks with PyTorch's own layers")
     train_stride: int = Field(1, ge=1, description="bars from one training window to the next")
     max_samples_per_epoch: int | None = Field(None, ge=1, description="windows drawn anew for each epoch; all if none")

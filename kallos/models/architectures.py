@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Space', 'MODELS', 'ModelSpec', 'check_model_name', 'longest_input', 'check_horizon', 'suggest_hyperparameters',
-           'create_model', 'check_hyperparameters']
+           'choose_device', 'create_model', 'check_hyperparameters']
 
 # %% ../../nbs/models/23_architectures.ipynb #742557e4
 import math
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ..core.devices import Device, quiet_lightning, trainer_kwargs
+from ..core.config import RunSettings
+from ..core.devices import Device, quiet_lightning, resolve_device, trainer_kwargs
 from ..core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -162,6 +163,18 @@ def _suggest(trial: "BaseTrial", name: str, space: BaseDistribution) -> Any:
         return trial.suggest_categorical(name, space.choices)
     draw = trial.suggest_int if isinstance(space, IntDistribution) else trial.suggest_float
     return draw(name, space.low, space.high, log=space.log, step=space.step)
+
+# %% ../../nbs/models/23_architectures.ipynb #31e01d2c
+def choose_device(
+    settings: RunSettings,  # model, device, precision, and whether arithmetic is PyTorch's own
+    *,
+    n_threads: int = 1,  # CPU threads for one fit
+) -> Device:
+    """Where the model trains and how; ConfigError if this machine, or `exact`, rules it out."""
+    if settings.exact and settings.precision == "mixed":
+        raise ConfigError("PyTorch's own layers have no mixed precision", "mixed", "Leave out --exact or --precision.")
+    can_mix = not settings.exact and MODELS[settings.model_name].fixed.get("model") in ("GRU", "LSTM")
+    return resolve_device(settings.device, precision=settings.precision, n_threads=n_threads, can_mix=can_mix)
 
 # %% ../../nbs/models/23_architectures.ipynb #1627d0c9
 def create_model(

@@ -17,9 +17,9 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from ..core.config import RunSettings
-from ..core.devices import Device, keep_interrupts, limit_threads, memory_guard, nan_guard, resolve_device
+from ..core.devices import Device, keep_interrupts, limit_threads, memory_guard, nan_guard
 from ..core.errors import ConfigError, TrainingError
-from .architectures import MODELS, create_model
+from .architectures import MODELS, choose_device, create_model
 from .datasets import DartsFold
 from .recurrent import FastLayers
 from .turns import own_clock
@@ -68,7 +68,7 @@ class FitPlan:
 
     n_epochs: int = 30  # the most epochs
     patience: int | None = 5  # epochs without a better validation loss; None: no early stopping
-    device: Device | None = None  # where networks train; one chosen by `resolve_device` if None
+    device: Device | None = None  # where networks train; one chosen by `choose_device` if None
     on_epoch: Callable[[int, dict[str, float]], None] | None = None  # called after each epoch with fold and its losses
 
 
@@ -93,7 +93,7 @@ def fit_fold(
 ) -> Fit:
     """The model with the weights of its best epoch; TrainingError on a loss that is not finite, or without memory."""
     begun = own_clock()
-    device = plan.device or resolve_device(settings.device, precision=settings.precision)
+    device = plan.device or choose_device(settings)
     with keep_interrupts(), limit_threads(device.n_threads), memory_guard():
         if MODELS[settings.model_name].is_network:
             model, recorder = _fit_network(fold, hyperparameters, settings, replace(plan, device=device), seed)
@@ -143,7 +143,8 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
 
     recorder = BestWeights(on_epoch)
     stop = [EarlyStopping("val_loss", patience=plan.patience)] if plan.patience else []
-    fast = [] if settings.exact or plan.device.accelerator != "cpu" else [FastLayers()]
+    mixed = plan.device.precision == "mixed"
+    fast = [] if settings.exact or plan.device.accelerator != "cpu" else [FastLayers(mixed=mixed)]
     model = create_model(
         settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed, n_epochs=plan.n_epochs,
         device=plan.device, callbacks=[nan_guard(), recorder, *stop, *fast], reload=settings.growing_epochs,

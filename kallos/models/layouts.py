@@ -12,10 +12,9 @@ import pandas as pd
 from optuna.distributions import distribution_to_json
 
 from ..core.config import TuneSettings, as_parameters
-from ..core.devices import resolve_device
 from ..core.runs import fingerprint
 from ..data.splits import FoldBounds, WalkForwardSplit
-from .architectures import MODELS, longest_input
+from .architectures import MODELS, choose_device, longest_input
 from .datasets import calculate_dynamic_wf_kwargs
 from .pruning import pruner_name
 
@@ -45,8 +44,7 @@ def study_identity(
     values = as_parameters(settings)
     space = {name: distribution_to_json(d) for name, d in MODELS[settings.model_name].space.items()}
     bounds = [[b.train_start, b.train_stop, b.val_start, b.val_stop] for b in study_layout(table, settings)]
-    device = resolve_device(settings.device, precision=settings.precision)
     identity = {name: values.get(name) for name in _SHARED}
-    identity |= {"pruner": pruner_name(settings), "precision": device.precision}
+    identity |= {"pruner": pruner_name(settings), "precision": choose_device(settings).precision}
     rows = {"rows": len(table), "last_row": str(table.index[-1])}
     return identity | rows | {"fold_layout": bounds, "data_fingerprint": fingerprint(table), "search_space": space}

@@ -23,7 +23,6 @@ from optuna.trial import BaseTrial, FrozenTrial
 
 # %% ../../nbs/models/25_tuner.ipynb #c0d4cac6
 from ..core.config import FeatureGroups, TuneSettings, as_parameters
-from ..core.devices import resolve_device
 from ..core.errors import TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.metrics import score_forecasts
@@ -31,7 +30,7 @@ from ..core.runs import seed_everything, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
 from ..data.database import to_url
 from . import studies
-from .architectures import MODELS, check_horizon, suggest_hyperparameters
+from .architectures import MODELS, check_horizon, choose_device, suggest_hyperparameters
 from .budget import Pulse, Stopped, best_trial, finished_trials, is_open, run_budget
 from .crews import n_workers, run_elsewhere
 from .datasets import DartsFold, data_record, load_table, warn_without_test
@@ -103,7 +102,7 @@ def fit_plan(
     threads: int = 1,  # CPU threads of a fit
 ) -> FitPlan:
     """How the settings run a fit."""
-    device = resolve_device(settings.device, precision=settings.precision, n_threads=threads)
+    device = choose_device(settings, n_threads=threads)
     return FitPlan(n_epochs=settings.max_epochs, patience=settings.patience, device=device)
 
 # %% ../../nbs/models/25_tuner.ipynb #cd0c4c3b
@@ -114,7 +113,8 @@ def replay(
     settings: TuneSettings,  # of its study
 ) -> float:
     """The trial's value, computed again; a pruned trial is run as far as it got."""
-    judge, plan = Judge(trial), fit_plan(settings, trial.user_attrs.get("threads", 1))
+    known = {name: trial.user_attrs[name] for name in ("precision",) if name in trial.user_attrs}
+    judge, plan = Judge(trial), fit_plan(settings.model_copy(update=known), trial.user_attrs.get("threads", 1))
     try:
         return objective(trial, folds, settings=settings, plan=plan, judge=judge)
     except TrialPruned:
@@ -207,6 +207,7 @@ def _run_trial(trial: optuna.Trial, judge: Judge, pulse: Pulse, *, folds, plan, 
         pulse.at = [fold, row["epoch"]]
         after()
 
+    trial.set_user_attr("precision", plan.device.precision)
     if plan.device.n_threads > 1:
         trial.set_user_attr("threads", plan.device.n_threads)
     how = {"plan": replace(plan, on_epoch=on_epoch), "judge": judge}
