@@ -223,6 +223,12 @@ def test_wrong_input_is_one_message_and_exit_code_2(words, market):
     assert run.stdout == "" and SECRET not in run.stderr
 
 
+def test_mixed_precision_is_refused_where_the_processor_has_none(market):
+    run = kallos_run("tune", *RUN, "--precision", "mixed", cwd=market, NUMBA_CPU_NAME="generic")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert "this CPU has no bf16 products; got 'mixed'. Use --precision 32" in run.stderr
+
+
 def test_an_unreachable_database_is_named_without_its_password(market):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from kallos.core.config import TuneSettings
+from kallos.core.devices import has_bf16_products
 from kallos.core.errors import ConfigError, KallosError, TrainingError
 from kallos.models import budget, studies
 from kallos.models.budget import finished_trials
@@ -43,6 +44,27 @@ def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
         whole = tune(small_settings(tmp_path / "whole", n_trials=12, study_name="whole"), db=market, progress=False)
         by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
         assert [by_slot[slot].params for slot in range(12)] == [trial.params for trial in whole.trials]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_bf16_products(), reason="this processor has no products of bf16 (AVX512-BF16)")
+def test_a_study_of_mixed_precision_is_not_mixed_with_another(tmp_path, monkeypatch):
+    local_market = f"sqlite:///{tmp_path / 'kallos.db'}"
+    write_market(local_market)
+    settings = small_settings(tmp_path, n_trials=1, model_name="gru", max_epochs=1)
+    study = tune(settings, db=local_market, progress=False)
+    assert study.trials[0].user_attrs["precision"] == "mixed"
+    assert replays(local_market, settings)
+    monkeypatch.setattr("kallos.core.devices.has_bf16_products", lambda: False)  # another machine
+    with pytest.raises(
+        ConfigError, match=r"cannot be compared with new ones: precision: the study has mixed, this run 32"
+    ):
+        tune(settings.model_copy(update={"n_trials": 2}), db=local_market, progress=False)
+    with pytest.raises(ConfigError, match="this CPU has no bf16 products"):
+        replays(local_market, settings)
+    in_full = settings.model_copy(update={"study_name": "in_full", "precision": "32"})
+    assert tune(in_full, db=local_market, progress=False).trials[0].user_attrs["precision"] == "32"
+    assert replays(local_market, in_full)
 
 
 def test_studies_of_postgresql_live_in_their_schemas(postgres_kwargs, postgres_url, tmp_path, monkeypatch):

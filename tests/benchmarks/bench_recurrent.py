@@ -1,8 +1,8 @@
 """A training pass of the fast recurrent layers against PyTorch's own, as a ratio, side by side in one run.
 
-Both sides run forward and backward on the same windows with the same weights, one thread, the loss on the last output
-as in darts' BlockRNNModel; passes alternate. A ratio of 2 means that PyTorch takes twice as long. Run it with
-`make bench`.
+All sides run forward and backward on the same windows with the same weights, one thread, the loss on the last output
+as in darts' BlockRNNModel; passes alternate. A ratio of 2 means that PyTorch takes twice as long. Mixed precision is
+measured where the processor has it. Run it with `make bench`.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import statistics
 import time
 
 import torch
+from market import span
 from torch import nn
 
-from kallos.models.recurrent import FastGRU, FastLSTM
+from kallos.core.devices import has_bf16_products
+from kallos.models.recurrent import FastGRU, FastLSTM, MixedGRU, MixedLSTM
 
 STEPS, INPUTS = 50, 6
-LAYERS = {"GRU": (nn.GRU, FastGRU), "LSTM": (nn.LSTM, FastLSTM)}
+LAYERS = {"GRU": (nn.GRU, FastGRU, MixedGRU), "LSTM": (nn.LSTM, FastLSTM, MixedLSTM)}
 
 
 def seconds(layer: nn.RNNBase, x: torch.Tensor) -> float:
@@ -28,19 +30,20 @@ def seconds(layer: nn.RNNBase, x: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def compare(name: str, hidden: int, n_layers: int, batch: int, budget: float) -> float:
-    """Prints one line, the medians of both sides and the median and range of their ratio, and returns that median."""
-    plain, fast = (kind(INPUTS, hidden, n_layers, batch_first=True) for kind in LAYERS[name])
-    fast.load_state_dict(plain.state_dict())
+def compare(name: str, hidden: int, n_layers: int, batch: int, budget: float) -> list[float]:
+    """Prints one line: PyTorch's median, and each other side's with the median and range of its ratio; the medians."""
+    kinds = LAYERS[name] if has_bf16_products() else LAYERS[name][:2]
+    layers = [kind(INPUTS, hidden, n_layers, batch_first=True) for kind in kinds]
     x = torch.randn(batch, STEPS, INPUTS)
-    first = [seconds(layer, x) for layer in (plain, fast, plain, fast)]  # warms up, and compiles if need be
-    repeats = max(5, int(budget / sum(first[2:])))
-    pairs = [(seconds(plain, x), seconds(fast, x)) for _ in range(repeats)]
-    ratios = sorted(bare / ours for bare, ours in pairs)
-    bare, ours = (statistics.median(side) * 1e3 for side in zip(*pairs, strict=True))
-    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    print(f"{name:>4} {hidden:>6} {n_layers:>6} {batch:>5} {bare:>10.2f} {ours:>9.2f}   {ratio}")
-    return statistics.median(ratios)
+    first = [seconds(layer, x) for layer in layers * 2]  # warms up, and compiles if need be
+    repeats = max(5, int(budget / sum(first[len(layers) :])))
+    bare, *ours = zip(*[[seconds(layer, x) for layer in layers] for _ in range(repeats)], strict=True)
+    ratios = [sorted(plain / own for plain, own in zip(bare, side, strict=True)) for side in ours]
+    told = [f"{statistics.median(bare) * 1e3:>10.2f}"]
+    for side, ratio in zip(ours, ratios, strict=True):
+        told.append(f"{statistics.median(side) * 1e3:>9.2f}   {span(ratio):<22}")
+    print(f"{name:>4} {hidden:>6} {n_layers:>6} {batch:>5}", *told)
+    return [statistics.median(ratio) for ratio in ratios]
 
 
 def main() -> None:
@@ -51,11 +54,12 @@ def main() -> None:
     torch.set_num_threads(1)  # as kallos does
     gc.disable()
     print(f"{STEPS} steps of {INPUTS} inputs, one thread")
-    print("kind hidden layers batch PyTorch ms kallos ms   ratio")
+    print("kind hidden layers batch PyTorch ms kallos ms   ratio                     mixed ms   ratio")
     for name in LAYERS:
         grid = itertools.product((32, 64, 128, 256), (1, 2, 4), (32, 64, 128))
-        ratios = sorted(compare(name, *sizes, options.budget) for sizes in grid)
-        print(f"{name}: median {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        sides = zip(*[compare(name, *sizes, options.budget) for sizes in grid], strict=True)
+        for side, ratios in zip(("in full", "mixed"), sides, strict=False):
+            print(f"{name}, {side}: median {span(ratios)}")
 
 
 if __name__ == "__main__":
