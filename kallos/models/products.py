@@ -52,8 +52,7 @@ def _emit_tile(builder, vectors, width, arrays, integers, shape) -> None:
     rows = [builder.add(i, ir.Constant(i.type, row)) for row in range(n_rows)]
     lanes = [ir.Constant(i.type, v * LANES) for v in range(n_vectors)]
     tile = [(row, builder.add(j, lane)) for row in rows for lane in lanes]
-    loaded = [builder.load(at(start, *place), align=width) for place in tile]
-    sums = [cgutils.alloca_once_value(builder, value) for value in loaded]
+    sums = [cgutils.alloca_once_value(builder, builder.load(at(start, *place), align=width)) for place in tile]
     with cgutils.for_range(builder, depth) as loop:
         places = [((b[0], b_step), loop.index, builder.add(b_first, lane), vectors[0]) for lane in lanes]
         weights = [builder.load(at(*place), align=width) for place in places]
@@ -147,16 +146,24 @@ def _pairs_down(a, k):
 MIXED = np.empty(0, np.uint32)  # the kind of products whose factors are pairs of bf16
 
 
-def along(a, k, kind):
-    """The factors of `multiply`: `a` as it is, or pairs of its first k columns."""
+def along(
+    a: np.ndarray,  # (m, k) or wider
+    k: int,  # columns that count
+    kind: np.ndarray,  # of products: MIXED, or an empty array of the type of `a`
+) -> np.ndarray:
+    """The factors of `multiply`: `a` as it is, or pairs of its columns."""
     return a
 
 
-def down(a, k, kind):
-    """The factors of `gather`: `a` as it is, or pairs of the rows of its first k columns."""
+def down(
+    a: np.ndarray,  # (m, k) or wider
+    k: int,  # columns that count
+    kind: np.ndarray,  # of products: MIXED, or an empty array of the type of `a`
+) -> np.ndarray:
+    """The factors of `gather`: `a` as it is, or pairs of its rows."""
     return a
 
-
+# %% ../../nbs/models/20b_products.ipynb #3bd4bbf3
 @overload(along)
 def _compiled_along(a, k, kind):
     return (lambda a, k, kind: _pairs_along(a, k)) if kind.dtype == types.uint32 else along
