@@ -110,7 +110,7 @@ def _half(typing, number):
 
     return types.uint16(types.float32), emit
 
-
+# %% ../../nbs/models/20b_products.ipynb #b5a4fdb1
 @intrinsic
 def _pair(typing, low, high):
     def emit(context, builder, signature, arguments):
@@ -166,12 +166,14 @@ def down(
 # %% ../../nbs/models/20b_products.ipynb #3bd4bbf3
 @overload(along)
 def _compiled_along(a, k, kind):
-    return (lambda a, k, kind: _pairs_along(a, k)) if kind.dtype == types.uint32 else along
+    in_pairs = kind.dtype == types.uint32
+    return (lambda a, k, kind: _pairs_along(a, k)) if in_pairs else lambda a, k, kind: a
 
 
 @overload(down)
 def _compiled_down(a, k, kind):
-    return (lambda a, k, kind: _pairs_down(a, k)) if kind.dtype == types.uint32 else down
+    in_pairs = kind.dtype == types.uint32
+    return (lambda a, k, kind: _pairs_down(a, k)) if in_pairs else lambda a, k, kind: a
 
 # %% ../../nbs/models/20b_products.ipynb #f3f9c00f
 @compiled
