@@ -205,6 +205,15 @@ def package_versions() -> dict[str, str]:
     installed = {item.name: item.version for item in distributions()}
     return {name: installed[name] for name in PACKAGES if name in installed}
 
+# %% ../../nbs/core/03_runs.ipynb #6997e833
+def _processor() -> str | None:
+    """Its name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
 
 def hardware() -> dict:
     """The processors, memory (MiB) and system of this machine, and its GPU's name if torch is loaded and sees one."""
@@ -217,6 +226,7 @@ def hardware() -> dict:
         "memory_mb": psutil.virtual_memory().total // 2**20,
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
     }
 

@@ -20,7 +20,7 @@ from ..core.devices import Device, trainer_kwargs
 from ..core.errors import ArtifactError, ConfigError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import seed_everything, verify_manifest, write_manifest
-from .architectures import MODELS, check_hyperparameters, check_model_name
+from .architectures import MODELS, check_hyperparameters, check_model_name, choose_device
 from .datasets import DartsFold, data_record, load_table, prepare_darts_timeseries, warn_without_test
 from .parameters import merge_params, read_params
 from .preprocessing import FeatureTransformer, inverse_target
@@ -115,10 +115,11 @@ def _save(
 def _write_manifest(
     path: Path, files: list[Path], settings: TrainSettings, hyperparameters: dict, table: pd.DataFrame, fit: Fit
 ) -> None:
+    made = {"hyperparameters": hyperparameters, "precision": choose_device(settings).precision}
     write_manifest(
         path,
         "train",
-        settings=as_parameters(settings) | {"hyperparameters": hyperparameters},
+        settings=as_parameters(settings) | made,
         seed=settings.seed,
         data=data_record(table),
         artifacts=files,

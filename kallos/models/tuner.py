@@ -287,11 +287,12 @@ def _spend(study: optuna.Study, settings: TuneSettings, db: Any, is_stopping: St
 # %% ../../nbs/models/25_tuner.ipynb #a618448e
 def _write_results(study: optuna.Study, table: pd.DataFrame, settings: TuneSettings) -> None:
     path, best = best_params_path(settings), best_params(study, settings)
+    made = {"study_name": study.study_name, "precision": choose_device(settings).precision}
     write_json(path, best)
     write_manifest(
         settings.folder / f"{settings.model_name}_{settings.asset_id}_tune_manifest.json",
         "tune",
-        settings=as_parameters(settings) | {"study_name": study.study_name},
+        settings=as_parameters(settings) | made,
         seed=settings.seed,
         data=data_record(table),
         artifacts=[path],
