@@ -5,6 +5,12 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "bootstrap": (
+            "Interval",
+            "block_length",
+            "bootstrap_interval",
+            "resample_means",
+        ),
         "verdict": (
             "DieboldMariano",
             "Verdict",
@@ -58,6 +64,22 @@ __getattr__, __dir__, __all__ = lazy(
             "Audit",
             "PROBES",
             "audit",
+        ),
+        "overfitting": (
+            "Deflated",
+            "TrackRecord",
+            "deflated_sharpe",
+            "expected_maximum",
+            "minimum_backtest_length",
+            "minimum_track_record",
+            "probabilistic_sharpe",
+        ),
+        "selection": (
+            "MOST_BLOCKS",
+            "Selection",
+            "degradation",
+            "dominance",
+            "judge_selection",
         ),
     },
 )

@@ -16,6 +16,7 @@ from scipy.stats import t as student_t
 
 from ..core.errors import DataError
 from ..core.metrics import rmse, skill
+from .bootstrap import Interval, block_length, bootstrap_interval
 
 # %% ../../nbs/evaluation/30_verdict.ipynb #2f941b2c
 @dataclass(frozen=True)
@@ -73,21 +74,34 @@ class Verdict:
     rmse_naive: float  # of the naive forecast
     skill: float  # share of the naive forecast's squared error that is saved; NaN if it made none
     p_value: float  # how often chance alone would look so good
-    has_skill: bool  # True if p_value is below the level
+    skill_lower: float  # between which values the skill lies, by the bootstrap
+    skill_upper: float
+    has_skill: bool  # True if p_value is below the level and the interval above zero
     sentence: str  # all of it in words
 
 # %% ../../nbs/evaluation/30_verdict.ipynb #50a4820d
+def _interval(errors: np.ndarray, errors_naive: np.ndarray, horizon: int, level: float) -> Interval:
+    losses = np.square(np.column_stack([errors, errors_naive]))
+    if not losses[:, 1].any():
+        return Interval(math.nan, math.nan, math.nan, float(horizon))
+    length = block_length(losses[:, 0] - losses[:, 1], horizon=horizon)
+    how = {"block_length": length, "level": max(0.0, 1 - 2 * level)}
+    return bootstrap_interval(losses, lambda means: 1 - means[..., 0] / means[..., 1], **how)
+
+
 def judge(
     forecasts: pd.DataFrame,  # a Forecasts table of one model, asset, timeframe, horizon and target; any folds
     *,
-    level: float = 0.05,  # how often chance may be taken for skill, between 0 and 1
+    level: float = 0.05,  # how often chance may be taken for skill, between 0 and 0.5
 ) -> Verdict:
     """The verdict on a model's forecasts; DataError if they mix models, repeat a time or are too few."""
     rows = _in_order(forecasts)
     truth, model, naive = (rows[name].to_numpy() for name in ("y_true", "y_pred", "y_naive"))
-    test = diebold_mariano(truth - model, truth - naive, horizon=int(rows["horizon"].iloc[0]))
-    errors, found = (rmse(truth, model), rmse(truth, naive)), test.p_value < level
-    return Verdict(test.n, *errors, skill(truth, model, naive), test.p_value, found, _sentence(test, *errors, found))
+    test = diebold_mariano(truth - model, truth - naive, horizon=(horizon := int(rows["horizon"].iloc[0])))
+    saved = _interval(truth - model, truth - naive, horizon, level)
+    errors, found = (rmse(truth, model), rmse(truth, naive)), test.p_value < level and saved.lower > 0
+    figures = *errors, skill(truth, model, naive), test.p_value, saved.lower, saved.upper, found
+    return Verdict(test.n, *figures, _sentence(test, saved, *errors, found))
 
 # %% ../../nbs/evaluation/30_verdict.ipynb #8c54f438
 def _in_order(forecasts: pd.DataFrame) -> pd.DataFrame:
@@ -103,12 +117,13 @@ def _in_order(forecasts: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 # %% ../../nbs/evaluation/30_verdict.ipynb #315722f3
-def _sentence(test: DieboldMariano, model: float, naive: float, found: bool) -> str:
+def _sentence(test: DieboldMariano, saved: Interval, model: float, naive: float, found: bool) -> str:
     over = f"over {test.n:,} forecasts the model's RMSE is"
     if model >= naive:
         worse = f"{_percent(model / naive - 1)} higher than" if model > naive > 0 else "no lower than"
         return f"No skill: {over} {worse} the naive forecast's."
-    finding = f"{over} {_percent(1 - model / naive)} lower than the naive forecast's"
+    share = f"{100 * saved.lower:+.1f} to {100 * saved.upper:+.1f} % of its squared error saved"
+    finding = f"{over} {_percent(1 - model / naive)} lower than the naive forecast's ({share})"
     chance = f"chance alone would do that in {_percent(test.p_value)} of cases"
     return f"O{finding[1:]}, and {chance}: skill." if found else f"No skill: {finding}, but {chance}."
 
