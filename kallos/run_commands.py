@@ -128,6 +128,7 @@ def _same_database(db_url: str | None) -> str:
 # %% ../nbs/59c_run_commands.ipynb #68a624d6
 def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) -> None:
     from kallos.core.runs import read_json
+    from kallos.evaluation.multiple_testing import judge_search
     from kallos.evaluation.trials import judge_best_trial
 
     file = settings.folder / f"{_stem(settings)}_best_params.json"
@@ -135,6 +136,7 @@ def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) ->
     typer.echo(f"{best['study_name']}: {best['n_trials']} finished trials; the best is number {best['trial']}")
     sentence = judge_best_trial(settings, db=db_url).sentence
     typer.echo(f"{_in_words(best['metrics'])}\nOn the folds that chose it: {sentence}")
+    typer.echo(f"The search charged: {judge_search(settings, db=db_url).sentence}")
     _tell_files(settings, "*_best_params.json", "optuna.db", *(() if no_report else ("*_tune.ipynb", "*_tune.html")))
     run = {"model-name": settings.model_name, "asset-id": settings.asset_id, "params-file": file}
     run["end-date"] = f"{settings.end_date:%Y-%m-%dT%H:%M:%S}".removesuffix("T00:00:00")

@@ -24,7 +24,7 @@ from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
 from kallos.data.assets import list_assets
 from kallos.data.sample import sample_bars
 from kallos.data.tables import connect
-from kallos.evaluation import trials
+from kallos.evaluation import multiple_testing, trials
 from kallos.workflow import reports
 
 COMMANDS = ("sample", "ingest", "fetch", "features", "data", "tune", "train", "dashboard")
@@ -300,6 +300,8 @@ def in_process(market, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reports, "run_notebook", run_notebook)
     verdict = SimpleNamespace(sentence="No skill: 3 %.")
     monkeypatch.setattr(trials, "judge_best_trial", lambda settings, db: verdict)
+    charged = SimpleNamespace(sentence="Luck.")
+    monkeypatch.setattr(multiple_testing, "judge_search", lambda settings, db: charged)
     monkeypatch.setenv("KALLOS_DB_URL", f"sqlite:///{market}/data/kallos.db")
     monkeypatch.chdir(tmp_path)
     return run
@@ -328,6 +330,7 @@ def test_tune_tells_its_result_in_words_and_the_next_command_whole(in_process):
     assert code == 0, said
     assert "demo: 3 finished trials; the best is number 1" in said
     assert "-1.3 % of squared error saved (worse than naive)\nOn the folds that chose it: No skill: 3 %.\n" in said
+    assert "\nThe search charged: Luck.\n" in said
     assert "  my models/gru_BTC_best_params.json\n" in said and "  my models/gru_BTC_tune.ipynb\n" in said
     assert (
         "kallos-run train --model-name gru --asset-id BTC --params-file 'my models/gru_BTC_best_params.json' "

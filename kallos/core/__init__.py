@@ -114,6 +114,7 @@ __getattr__, __dir__, __all__ = lazy(
             "plot_folds",
             "plot_forecasts",
             "plot_learning_curves",
+            "plot_logits",
         ),
     },
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'TRUTH', 'MODEL', 'NAIVE', 'MARK', 'TIME', 'MOST_POINTS', 'plot_bars', 'plot_folds', 'plot_fold_scores',
-           'plot_learning_curves', 'plot_forecasts']
+           'plot_learning_curves', 'plot_forecasts', 'plot_logits']
 
 # %% ../../nbs/core/06_plots.ipynb #c4ba3ec0
 import math
@@ -215,3 +215,18 @@ def _draw_returns(drawn: pd.DataFrame, title: str) -> go.Figure:
         figure.add_scatter(x=lines["target_ts"], y=lines[name], mode="lines", name=name, line=line, row=1, col=2)
     figure.update_layout(xaxis2_title=TIME, yaxis2_title="log return (%)")
     return _finish(figure, title, x="forecast log return (%)", y="realised log return (%)")
+
+# %% ../../nbs/core/06_plots.ipynb #6a5ccf9f
+def plot_logits(
+    logits: np.ndarray,  # (halves) of the choice's rank in the other half, as in `kallos.evaluation.selection`
+) -> go.Figure:
+    """A histogram of the logits, the lower half of the ranks in the naive forecast's colour."""
+    lower = np.asarray(logits) <= 0
+    figure = go.Figure()
+    width = max(float(np.ptp(logits)), 1.0) / 40
+    for name, part, color in (("lower half", lower, NAIVE), ("upper half", ~lower, MODEL)):
+        bins = {"start": -width * 41 if part is lower else 0.0, "end": width * 41, "size": width}
+        figure.add_histogram(x=np.asarray(logits)[part], name=name, marker_color=color, xbins=bins)
+    figure.update_layout(barmode="overlay")
+    title = f"Probability of overfitting {lower.mean():.0%}, over {len(lower):,} halves"
+    return _finish(figure, title, x="logit of the rank in the other half", y="halves")

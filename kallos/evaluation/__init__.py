@@ -81,5 +81,12 @@ __getattr__, __dir__, __all__ = lazy(
             "dominance",
             "judge_selection",
         ),
+        "multiple_testing": (
+            "SearchVerdict",
+            "judge_returns",
+            "judge_search",
+            "strategy_returns",
+            "trial_returns",
+        ),
     },
 )
