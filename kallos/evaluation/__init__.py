@@ -88,5 +88,11 @@ __getattr__, __dir__, __all__ = lazy(
             "strategy_returns",
             "trial_returns",
         ),
+        "paths": (
+            "PathVerdict",
+            "judge_path",
+            "sentence_of",
+            "write_metrics",
+        ),
     },
 )
