@@ -50,6 +50,12 @@ __getattr__, __dir__, __all__ = lazy(
             "train",
             "tune",
         ),
+        "validation_commands": (
+            "cpcv",
+            "cv",
+            "validation_app",
+            "walk_forward",
+        ),
         "main": (
             "app",
             "main",

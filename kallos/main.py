@@ -15,6 +15,7 @@ import kallos
 from .core.errors import KallosError
 from .data_commands import data_app
 from .run_commands import run_app
+from .validation_commands import validation_app
 
 # %% ../nbs/60_main.ipynb #662860c7
 _HELP = """From market data to a tuned and trained model, with a report of every run.
@@ -26,6 +27,7 @@ Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupt
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app)
 app.add_typer(run_app)
+app.add_typer(validation_app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -125,6 +125,15 @@ _TUNE = {
     "patience": _option(int, "Epochs without a better validation loss before a fit stops.", "5"),
 }
 
+# %% ../nbs/59_options.ipynb #102d65e8
+_VALIDATION = {
+    "n_splits": _option(int, "Folds.", "5"),
+    "n_groups": _option(int, "Groups of rows, in time.", "6"),
+    "n_test_groups": _option(int, "Groups that a fold tests.", "2"),
+    "first_train_share": _option(float, "Share of the rows before the first forecast.", "0.5"),
+    "refit_every": _option(int, "Rows between two fits.", "a twentieth of the tested rows"),
+}
+
 # %% ../nbs/59_options.ipynb #68e27643
 _WORKERS = {
     "early_stopping_on": _option(
@@ -145,7 +154,9 @@ _DASHBOARD = {
     "host": _option(str, "Address to listen at.", "127.0.0.1"),
     "port": _option(int, "Port to listen at.", "8080"),
 }
-OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _WORKERS | _DASHBOARD
+OPTIONS: dict[str, Any] = (
+    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _VALIDATION | _WORKERS | _DASHBOARD
+)
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):
@@ -188,7 +199,8 @@ def command(
 
         call.__signature__ = _signature(names.split(), required.split())
         call.__annotations__ = {name: OPTIONS[name] for name in names.split()}
-        app.command(run.__name__, help=f"{run.__doc__}\n\nExample: kallos-run {run.__name__} {example}")(call)
+        name = run.__name__.replace("_", "-")
+        app.command(name, help=f"{run.__doc__}\n\nExample: kallos-run {name} {example}")(call)
         return run
 
     return register

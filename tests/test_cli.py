@@ -27,7 +27,9 @@ from kallos.data.tables import connect
 from kallos.evaluation import multiple_testing, trials
 from kallos.workflow import reports
 
-COMMANDS = ("sample", "ingest", "fetch", "features", "data", "tune", "train", "dashboard")
+COMMANDS = (
+    *("sample", "ingest", "fetch", "features", "data", "tune", "train", "cv", "walk-forward", "cpcv", "dashboard"),
+)
 HEAVY = {"torch", "darts", "numpy", "pandas", "pandera", "optuna", "sqlalchemy", "papermill", "plotly"}
 SECRET = "pa55word"
 GIVEN = {"asset_id": "BTC", "end_date": "2023-01-01"}

@@ -160,9 +160,9 @@ def run_folds(
     todo, run = [fold for fold, path in paths.items() if not path.exists()], joblib.delayed(_fit_one)
     how = {"hyperparameters": hyperparameters, "settings": settings}
     bar = tqdm(total=len(folds), initial=len(folds) - len(todo), unit="fold", disable=not progress)
-    with bar, _backend(settings) as n_jobs:
-        jobs = (run(table, folds[fold], paths[fold], fold=fold, **how) for fold in todo)
-        for _ in joblib.Parallel(n_jobs, **_EAGERLY)(jobs):
+    jobs = (run(table, folds[fold], paths[fold], fold=fold, **how) for fold in todo)
+    with bar, _backend(settings) as n_jobs, joblib.Parallel(n_jobs, **_EAGERLY) as parallel:
+        for _ in parallel(jobs):
             bar.update()
     return pd.concat([pd.read_parquet(path) for path in paths.values()], ignore_index=True)
 
