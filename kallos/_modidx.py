@@ -1199,8 +1199,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                    'kallos/models/cross_validation.py'),
                                                 'kallos.models.cross_validation._backend': ( 'models/cross_validation.html#_backend',
                                                                                              'kallos/models/cross_validation.py'),
-                                                'kallos.models.cross_validation._check_workers': ( 'models/cross_validation.html#_check_workers',
-                                                                                                   'kallos/models/cross_validation.py'),
                                                 'kallos.models.cross_validation._fit_one': ( 'models/cross_validation.html#_fit_one',
                                                                                              'kallos/models/cross_validation.py'),
                                                 'kallos.models.cross_validation._windows': ( 'models/cross_validation.html#_windows',

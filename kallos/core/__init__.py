@@ -40,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy(
             "Timeframe",
             "TrainSettings",
             "TuneSettings",
+            "Workers",
             "as_parameters",
             "find_file",
             "notebook_parameters",

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import joblib
 import numpy as np
 import pandas as pd
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from tqdm import tqdm
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #9b74893e
 import kallos
-from ..core.config import RunSettings, as_parameters
+from ..core.config import RunSettings, Workers, as_parameters
 from ..core.errors import ConfigError
 from ..core.runs import atomic_write, fingerprint, seed_everything, write_manifest
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold, path_folds
@@ -54,19 +54,13 @@ class _SplitSettings(RunSettings):
     embargo: int = Field(0, ge=0, description="rows left out beyond the purged ones")
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #38a5ad89
-def _check_workers(value: int) -> int:
-    if value == 0:
-        raise ValueError("must be 1 or more, or -1 for one a core")
-    return value
-
-
 class ValidationSettings(_SplitSettings):
     """The settings of a cross-validation."""
 
     params_file: Path = Field(description="what `kallos-run tune` wrote: {model}_{asset}_best_params.json")
     max_epochs: int = Field(30, ge=1, description="the most epochs of a fit")
     patience: int = Field(5, ge=1, description="epochs without a better loss on the inner tail before a fit stops")
-    n_jobs: Annotated[int, AfterValidator(_check_workers)] = Field(1, ge=-1, description="processes; -1: one a core")
+    n_jobs: Workers = Field(1, ge=-1, description="processes; -1: one a core")
     dask_scheduler: str | None = Field(None, description="address of a Dask scheduler whose workers run the fits")
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #314df7ef
