@@ -80,15 +80,19 @@ class Verdict:
     sentence: str  # all of it in words
 
 # %% ../../nbs/evaluation/30_verdict.ipynb #50a4820d
+_MOST_BLOCKS = 100_000_000  # that a verdict draws, in a second or two
+
+
 def _interval(errors: np.ndarray, errors_naive: np.ndarray, horizon: int, level: float) -> Interval:
     losses = np.square(np.column_stack([errors, errors_naive]))
     if not losses[:, 1].any():
         return Interval(math.nan, math.nan, math.nan, float(horizon))
     length = block_length(losses[:, 0] - losses[:, 1], horizon=horizon)
-    how = {"block_length": length, "level": max(0.0, 1 - 2 * level)}
+    drawn = int(np.clip(_MOST_BLOCKS * length / len(losses), 1_000, 10_000))
+    how = {"block_length": length, "level": max(0.0, 1 - 2 * level), "n_resamples": drawn}
     return bootstrap_interval(losses, lambda means: 1 - means[..., 0] / means[..., 1], **how)
 
-
+# %% ../../nbs/evaluation/30_verdict.ipynb #fa185a46
 def judge(
     forecasts: pd.DataFrame,  # a Forecasts table of one model, asset, timeframe, horizon and target; any folds
     *,

@@ -23,10 +23,9 @@ from pydantic import Field
 from tqdm import tqdm
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #9b74893e
-import kallos
 from ..core.config import RunSettings, Workers, as_parameters
 from ..core.errors import ConfigError
-from ..core.runs import atomic_write, fingerprint, seed_everything, write_manifest
+from ..core.runs import atomic_write, fingerprint, package_versions, seed_everything, write_manifest
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold, path_folds
 from ..data.splits import Splitter, WalkForwardSplit
 from .architectures import check_horizon, check_hyperparameters, choose_device
@@ -102,7 +101,7 @@ def fold_key(
 ) -> str:
     """A digest of all that the fold's forecasts depend on."""
     values = {name: as_parameters(settings).get(name) for name in _RESULT}
-    values |= {"fold": fold, "rows": rows, "parts": sha256(parts.tobytes()).hexdigest(), "kallos": kallos.__version__}
+    values |= {"fold": fold, "rows": rows, "parts": sha256(parts.tobytes()).hexdigest(), "packages": package_versions()}
     values |= {"precision": choose_device(settings).precision, "hyperparameters": hyperparameters}
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -149,16 +148,19 @@ def run_folds(
 ) -> pd.DataFrame:
     """The Forecasts table of all folds; folds that the folder already holds are not fitted again."""
     name, rows = partial(fold_key, settings, hyperparameters), fingerprint(table)
-    folds = dict(enumerate(splitter.parts(table)))
-    paths = {fold: folder / f"{name(parts, fold=fold, rows=rows)}.parquet" for fold, parts in folds.items()}
-    todo, run = [fold for fold, path in paths.items() if not path.exists()], joblib.delayed(_fit_one)
-    how = {"hyperparameters": hyperparameters, "settings": settings}
-    bar = tqdm(total=len(folds), initial=len(folds) - len(todo), unit="fold", disable=not progress)
-    jobs = (run(table, folds[fold], paths[fold], fold=fold, **how) for fold in todo)
+    names = [name(parts, fold=fold, rows=rows) for fold, parts in enumerate(splitter.parts(table))]
+    paths, run = [folder / f"{name}.parquet" for name in names], joblib.delayed(_fit_one)
+    todo, how = (
+        {path for path in paths if not path.exists()},
+        {"hyperparameters": hyperparameters, "settings": settings},
+    )
+    folds = enumerate(zip(splitter.parts(table), paths, strict=True))  # made as they are needed
+    jobs = (run(table, parts, path, fold=fold, **how) for fold, (parts, path) in folds if path in todo)
+    bar = tqdm(total=len(paths), initial=len(paths) - len(todo), unit="fold", disable=not progress)
     with bar, _backend(settings) as n_jobs, joblib.Parallel(n_jobs, **_EAGERLY) as parallel:
         for _ in parallel(jobs):
             bar.update()
-    return pd.concat([pd.read_parquet(path) for path in paths.values()], ignore_index=True)
+    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #8e5b8eaa
 def paths_of(

@@ -73,6 +73,9 @@ def fold_from_parts(
     train, lead = np.flatnonzero(parts == Part.TRAIN), lookback + horizon - 1
     tested = blocks_of(np.flatnonzero(np.isin(parts, (Part.VALIDATION, Part.TEST))))
     kept, tail = _inner_tail(train, lookback, horizon) if is_network else (train, [])
+    if len(kept) < lookback + horizon:
+        todo = "Test fewer groups at a time, use a shorter horizon or embargo, or load more data."
+        raise DataError(f"fold {fold} has too few rows to train on", len(kept), todo)
     found = _led(table, kept, [(max(0, first - lead), first, stop) for first, stop in tested], how, fold)
     stop = [pair for part in _led(table, kept, tail, how, fold) for pair in part.val] if tail else None
     truth = pd.concat([part.truth for part in found])
