@@ -1,6 +1,7 @@
 """Studies on SQLite and on a real PostgreSQL: a budget that holds through stops and kills, and what is refused."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import psycopg
@@ -13,7 +14,7 @@ from kallos.models import budget, studies
 from kallos.models.budget import finished_trials
 from kallos.models.datasets import load_table
 from kallos.models.layouts import study_layout
-from kallos.models.storages import study_storage
+from kallos.models.storages import folder_storage, study_storage
 from kallos.models.tuner import replay, run_tuning, tune
 from kallos.models.validation import prepare_fold
 from tests.study_runs import END, SMALL, is_spent, replays, small_settings, start_tune, study_of, write_market
@@ -44,6 +45,16 @@ def test_a_stopped_study_ends_with_its_exact_budget(market, tmp_path, stop):
         whole = tune(small_settings(tmp_path / "whole", n_trials=12, study_name="whole"), db=market, progress=False)
         by_slot = {trial.user_attrs["slot"]: trial for trial in trials}
         assert [by_slot[slot].params for slot in range(12)] == [trial.params for trial in whole.trials]
+
+
+def test_many_may_open_the_studies_of_a_new_folder_at_once(tmp_path):
+    """A dashboard may make the very tables that a study is about to make."""
+    folders = [tmp_path / str(n) for n in range(4)]
+    for folder in folders:
+        folder.mkdir()
+        with ThreadPoolExecutor(6) as pool:
+            names = [*pool.map(lambda _: optuna.get_all_study_names(folder_storage(folder)), range(6))]  # noqa: B023
+        assert names == [[]] * 6
 
 
 @pytest.mark.slow

@@ -48,9 +48,16 @@ def folder_storage(
     journal = folder / JOURNAL
     return _journal(journal) if journal.exists() else _sqlite(folder)
 
-
+# %% ../../nbs/models/23e_storages.ipynb #94a8daa9
 def _sqlite(folder: Path) -> optuna.storages.RDBStorage:
-    return optuna.storages.RDBStorage(URL.create("sqlite", database=str(folder / "optuna.db")).render_as_string())
+    url = URL.create("sqlite", database=str(folder / "optuna.db")).render_as_string()
+    while True:
+        try:
+            return optuna.storages.RDBStorage(url)
+        except (sa.exc.OperationalError, sa.exc.IntegrityError) as error:
+            if not any(sign in str(error) for sign in ("already exists", "UNIQUE constraint")):
+                raise
+            time.sleep(0.05)
 
 # %% ../../nbs/models/23e_storages.ipynb #611100d7
 def schema_url(
