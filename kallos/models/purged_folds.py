@@ -49,11 +49,9 @@ def _inner_tail(train: np.ndarray, lookback: int, horizon: int) -> tuple[np.ndar
     """The rows that are left to train on, and the blocks of the tail with their leads."""
     tail = max(round(INNER_SHARE * len(train)), lookback + horizon)
     kept, stopping = train[: -tail - horizon], train[-tail:]
-    starts = dict.fromkeys(blocks_of(train))
-    leads = {first: first for first, _ in starts}
-    blocks = []
+    starts, blocks = [first for first, _ in blocks_of(train)], []
     for first, stop in blocks_of(stopping):
-        begin = max(start for start in leads if start <= first)
+        begin = max(start for start in starts if start <= first)
         blocks.append((max(begin, first - lookback - horizon + 1), first, stop))
     return kept, blocks
 
