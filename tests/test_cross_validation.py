@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from distributed import LocalCluster
 
 from kallos.core.runs import read_json, verify_manifest, write_json
 from tests.study_runs import END, write_market
@@ -87,6 +88,15 @@ def test_a_killed_run_is_completed_without_fitting_again_what_was_done(folder):
     run(folder, *words[:-2], *whole, params=NETWORK)
     ours, theirs = (pd.read_parquet(f / "gru_BTC_cpcv" / "forecasts.parquet") for f in (folder, folder / "whole"))
     assert ours.equals(theirs)
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_dask_cluster_give_what_one_process_gives(folder):
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        run(folder, "cpcv", *WHAT, "--n-groups", 4, "--dask-scheduler", cluster.scheduler_address)
+    run(folder, "cpcv", *WHAT, "--n-groups", 4, "--output-path", "whole")
+    ours, theirs = (pd.read_parquet(f / "linear_BTC_cpcv" / "forecasts.parquet") for f in (folder, folder / "whole"))
+    assert ours["fold"].nunique() == 6 and ours.equals(theirs)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import joblib
 import numpy as np
 import pandas as pd
+from joblib.externals.loky import get_reusable_executor
 from pydantic import Field
 from tqdm import tqdm
 
@@ -109,19 +110,21 @@ def fold_key(
 def _fit_one(
     table: pd.DataFrame,
     parts: np.ndarray,
-    path: Path,
     *,
     fold: int,
     hyperparameters: dict,
     settings: ValidationSettings,
-) -> None:
+) -> tuple[int, pd.DataFrame]:
     seed_everything(settings.seed)
     lookback = hyperparameters["input_chunk_length"]
     prepared = fold_from_parts(table, parts, fold=fold, settings=settings, lookback=lookback)
     plan = FitPlan(n_epochs=settings.max_epochs, patience=settings.patience, device=choose_device(settings))
-    result = run_fold(prepared, hyperparameters, settings=settings, plan=plan, seed=settings.seed)
+    return fold, run_fold(prepared, hyperparameters, settings=settings, plan=plan, seed=settings.seed).forecasts
+
+
+def _keep(forecasts: pd.DataFrame, path: Path) -> None:
     with atomic_write(path) as file:
-        result.forecasts.to_parquet(file, index=False)
+        forecasts.to_parquet(file, index=False)
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #ffdce79d
 _EAGERLY = {"return_as": "generator_unordered", "batch_size": 1, "max_nbytes": None}
@@ -131,7 +134,11 @@ _EAGERLY = {"return_as": "generator_unordered", "batch_size": 1, "max_nbytes": N
 def _backend(settings: ValidationSettings) -> Iterator[int]:
     """A block in which joblib runs on what the settings name; the number of jobs."""
     if not settings.dask_scheduler:
-        yield settings.n_jobs
+        try:
+            yield settings.n_jobs
+        finally:
+            if settings.n_jobs != 1:
+                get_reusable_executor().shutdown(wait=True)
         return
     with dask_client(settings.dask_scheduler) as client, joblib.parallel_config("dask", client=client):
         yield settings.n_jobs if settings.n_jobs > 1 else sum(client.nthreads().values())
@@ -150,15 +157,14 @@ def run_folds(
     name, rows = partial(fold_key, settings, hyperparameters), fingerprint(table)
     names = [name(parts, fold=fold, rows=rows) for fold, parts in enumerate(splitter.parts(table))]
     paths, run = [folder / f"{name}.parquet" for name in names], joblib.delayed(_fit_one)
-    todo, how = (
-        {path for path in paths if not path.exists()},
-        {"hyperparameters": hyperparameters, "settings": settings},
-    )
+    todo = {path for path in paths if not path.exists()}
+    how = {"hyperparameters": hyperparameters, "settings": settings}
     folds = enumerate(zip(splitter.parts(table), paths, strict=True))  # made as they are needed
-    jobs = (run(table, parts, path, fold=fold, **how) for fold, (parts, path) in folds if path in todo)
+    jobs = (run(table, parts, fold=fold, **how) for fold, (parts, path) in folds if path in todo)
     bar = tqdm(total=len(paths), initial=len(paths) - len(todo), unit="fold", disable=not progress)
     with bar, _backend(settings) as n_jobs, joblib.Parallel(n_jobs, **_EAGERLY) as parallel:
-        for _ in parallel(jobs):
+        for fold, forecasts in parallel(jobs):
+            _keep(forecasts, paths[fold])
             bar.update()
     return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
@@ -202,16 +208,13 @@ def cross_validate(
     hyperparameters = read_params(settings.params_file)["hyperparameters"]
     check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
     check_horizon(settings.model_name, settings.horizon)
+    settings = settings.model_copy(update={"precision": choose_device(settings).precision})
     table, folder = load_table(settings, db), validation_folder(settings)
     splitter = create_splitter(settings, len(table))
     how = {"settings": settings, "folder": folder / "folds", "progress": progress}
     forecasts = run_folds(table, splitter, hyperparameters, **how)
-    with atomic_write(folder / "forecasts.parquet") as file:
-        forecasts.to_parquet(file, index=False)
-    made = as_parameters(settings) | {
-        "hyperparameters": hyperparameters,
-        "precision": choose_device(settings).precision,
-    }
+    _keep(forecasts, folder / "forecasts.parquet")
+    made = as_parameters(settings) | {"hyperparameters": hyperparameters}
     about = {"settings": made, "seed": settings.seed, "data": data_record(table)}
     write_manifest(folder / "manifest.json", settings.scheme, **about, artifacts=[folder / "forecasts.parquet"])
     return CrossValidation(forecasts, paths_of(forecasts, splitter, table.index), splitter, folder)

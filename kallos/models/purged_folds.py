@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..core.config import RunSettings
 from ..core.errors import DataError
+from ..core.logs import log_event
 from ..data.spans import Part
 from .architectures import MODELS
 from .datasets import DartsFold, prepare_darts_timeseries
@@ -55,6 +56,10 @@ def _inner_tail(train: np.ndarray, lookback: int, horizon: int) -> tuple[np.ndar
         blocks.append((max(begin, first - lookback - horizon + 1), first, stop))
     return kept, blocks
 
+
+def _say_short(fold: int, short: int, of: int) -> None:
+    log_event(f"fold {fold}: {short} of {of} tested blocks are too short for a forecast", level="warning")
+
 # %% ../../nbs/models/24k_purged_folds.ipynb #a60444e1
 def fold_from_parts(
     table: pd.DataFrame,  # (n) rows by `ts`, with features and target
@@ -75,7 +80,8 @@ def fold_from_parts(
         todo = "Test fewer groups at a time, use a shorter horizon or embargo, or load more data."
         raise DataError(f"fold {fold} has too few rows to train on", len(kept), todo)
     found = _led(table, kept, [(max(0, first - lead), first, stop) for first, stop in tested], how, fold)
+    if len(found) < len(tested):
+        _say_short(fold, len(tested) - len(found), len(tested))
     stop = [pair for part in _led(table, kept, tail, how, fold) for pair in part.val] if tail else None
-    truth = pd.concat([part.truth for part in found])
-    val = [pair for part in found for pair in part.val]
+    val, truth = [pair for part in found for pair in part.val], pd.concat([part.truth for part in found])
     return replace(found[0], val=val, truth=truth[~truth.index.duplicated()], stop=stop)

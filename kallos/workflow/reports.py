@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -33,6 +34,7 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger as papermill_log
 from plotly.offline import get_plotlyjs
+from traitlets.config import Config
 
 import kallos
 from ..core.config import Settings, as_parameters
@@ -153,6 +155,16 @@ def _signals_to(handler: Any) -> Iterator[None]:
         for number, previous in before.items():
             signal.signal(number, previous)
 
+
+def _run_kernel(client: _StoppableClient, kernel_env: dict[str, str]) -> None:
+    with _signals_to(client.on_signal):
+        try:
+            client.execute(env=kernel_env, transport_encryption="auto" if zmq.has("curve") else "disabled")
+        except RuntimeError:
+            if client.stops:
+                raise KeyboardInterrupt from None
+            raise
+
 # %% ../../nbs/workflow/52_reports.ipynb #06f7ffbc
 class ReportEngine(Engine):
     """Runs a notebook in a kernel that can be stopped; papermill's engine "kallos"."""
@@ -164,14 +176,10 @@ class ReportEngine(Engine):
         """Executes what `nb_man` holds; KeyboardInterrupt if it was stopped, RuntimeError if its kernel died."""
         shown = {"stderr_file": sys.stderr, "coalesce_streams": True, "log": papermill_log}
         quiet = {"extra_arguments": ["--log-level=CRITICAL"]}  # the kernel's own log is no business of the terminal
-        client = _StoppableClient(nb_man, kernel_name=kernel_name, startup_timeout=60, **shown, **quiet)
-        with _signals_to(client.on_signal):
-            try:
-                client.execute(env=kernel_env, transport_encryption="auto" if zmq.has("curve") else "disabled")
-            except RuntimeError:
-                if client.stops:
-                    raise KeyboardInterrupt from None
-                raise
+        with TemporaryDirectory(prefix="kallos-") as folder:
+            sockets = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/k"} if zmq.has("ipc") else {})
+            how = {"kernel_name": kernel_name, "startup_timeout": 60, "config": sockets}
+            _run_kernel(_StoppableClient(nb_man, **how, **shown, **quiet), kernel_env)
 
 
 papermill_log.addHandler(logging.NullHandler())
