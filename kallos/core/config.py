@@ -186,7 +186,10 @@ class RunSettings(Settings):
     timeframe: Timeframe = Field("1d", description="length of a bar, e.g. 15m, 1h, 4h, 1d")
     end_date: Moment = Field(description="the last moment tuning and training may see, UTC")
     model_name: Name = Field("gru", description="one of kallos.models.architectures.MODELS")
-    target_col: Literal["close", "log_close", "log_return"] = Field("log_return", description="what is forecast")
+    target_col: Literal["close", "log_close", "log_return", "return", "label"] = Field(
+        "log_return", description="what is forecast; return and label are those of the tables in `splits`"
+    )
+    splits: Path | None = Field(None, description="folder of labelled tables; rows come from the database if none")
     horizon: int = Field(1, ge=1, le=500, description="bars ahead")
     feature_groups: Groups = Field(FeatureGroups(), description="features by the way in which they are scaled")
     seed: int = Field(0, ge=0, description="makes the run repeatable")
@@ -202,6 +205,12 @@ class RunSettings(Settings):
     def folder(self) -> Path:
         """The folder of the run's results."""
         return self.output_path or project_root() / "reports" / self.asset_id / self.timeframe
+
+    @model_validator(mode="after")
+    def _labels_come_from_tables(self) -> Self:
+        if (self.splits is None) == (self.target_col in ("return", "label")):
+            raise ValueError("return and label are the targets of the tables in `splits`, and the only ones there")
+        return self
 
 # %% ../../nbs/core/02_config.ipynb #30e061cf
 def _check_workers(value: int) -> int:

@@ -55,6 +55,12 @@ __getattr__, __dir__, __all__ = lazy(
             "WindowDataset",
             "window_ends",
         ),
+        "labelled": (
+            "LABEL_TARGETS",
+            "complete_from_splits",
+            "load_labelled",
+            "load_rows",
+        ),
         "products": (
             "LANES",
             "MIXED",
@@ -97,7 +103,7 @@ __getattr__, __dir__, __all__ = lazy(
             "MODELS",
             "ModelSpec",
             "Space",
-            "check_horizon",
+            "check_model",
             "check_hyperparameters",
             "check_model_name",
             "choose_device",
@@ -127,6 +133,12 @@ __getattr__, __dir__, __all__ = lazy(
             "outlast",
             "schema_url",
             "study_storage",
+        ),
+        "label_forecasts": (
+            "CLASSES",
+            "direct_forecasts",
+            "fold_score",
+            "label_table",
         ),
         "validation": (
             "FoldResult",

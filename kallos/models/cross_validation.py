@@ -29,9 +29,10 @@ from ..core.errors import ConfigError
 from ..core.runs import atomic_write, fingerprint, package_versions, seed_everything, write_manifest
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold, path_folds
 from ..data.splits import Splitter, WalkForwardSplit
-from .architectures import check_horizon, check_hyperparameters, choose_device
-from .datasets import data_record, load_table
+from .architectures import check_hyperparameters, check_model, choose_device
+from .datasets import data_record
 from .fits import FitPlan
+from .labelled import load_rows
 from .parameters import read_params
 from .purged_folds import fold_from_parts
 from .validation import run_fold
@@ -207,9 +208,9 @@ def cross_validate(
     """The forecasts of all folds, which are on disk too; ConfigError, DataError or TrainingError otherwise."""
     hyperparameters = read_params(settings.params_file)["hyperparameters"]
     check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
-    check_horizon(settings.model_name, settings.horizon)
+    check_model(settings)
     settings = settings.model_copy(update={"precision": choose_device(settings).precision})
-    table, folder = load_table(settings, db), validation_folder(settings)
+    table, folder = load_rows(settings, db), validation_folder(settings)
     splitter = create_splitter(settings, len(table))
     how = {"settings": settings, "folder": folder / "folds", "progress": progress}
     forecasts = run_folds(table, splitter, hyperparameters, **how)

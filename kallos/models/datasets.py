@@ -8,7 +8,7 @@ __all__ = ['TARGETS', 'VALIDATION_SHARE', 'load_features_from_db', 'add_target',
 
 # %% ../../nbs/models/21_datasets.ipynb #89ae94bd
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -175,6 +175,7 @@ class DartsFold:
     transformer: FeatureTransformer  # fitted on the training rows
     truth: pd.DataFrame  # close and target, unscaled, of the validation rows and the rows before them
     stop: list[tuple[TimeSeries, TimeSeries]] | None = None  # as `val`, for early stopping; None: `val` itself
+    weights: list[TimeSeries] | None = None  # sample weights beside the targets of `train`; None: all alike
 
 # %% ../../nbs/models/21_datasets.ipynb #7592b721
 def prepare_darts_timeseries(
@@ -200,7 +201,9 @@ def prepare_darts_timeseries(
         if len(rows) and not sides[side]:
             problem = f"fold {fold}: no {side} stretch without a gap is as long as input chunk and horizon"
             raise DataError(problem, received=shortest, next_step="Fill the gaps, or use a longer window.")
-    return DartsFold(fold, *sides.values(), lookback, transformer, around[list({"close": 0, target_col: 0})])
+    known = [name for name in dict.fromkeys(["close", target_col, "t1", "return_true"]) if name in around]
+    whole = DartsFold(fold, *sides.values(), lookback, transformer, around[known])
+    return _labelled(whole, train_df, target_col) if "sample_weight" in train_df else whole
 
 # %% ../../nbs/models/21_datasets.ipynb #d72719fd
 def _fitted(train_df: pd.DataFrame, groups: FeatureGroups, target_col: str) -> FeatureTransformer:
@@ -229,6 +232,18 @@ def _pair(part: pd.DataFrame, target_col: str, features: list[str], timeframe: s
 
 def _series(times: pd.DatetimeIndex, values: pd.DataFrame) -> TimeSeries:
     return TimeSeries(times, values.to_numpy("float32"), components=list(values.columns))
+
+# %% ../../nbs/models/21_datasets.ipynb #9240d473
+def _labelled(fold: DartsFold, train_df: pd.DataFrame, target_col: str) -> DartsFold:
+    def column(name: str, rows: pd.DataFrame, beside: TimeSeries) -> TimeSeries:
+        return _series(beside.time_index, rows.loc[beside.time_index.tz_localize("UTC"), [name]])
+
+    fold = replace(fold, weights=[column("sample_weight", train_df, target) for target, _ in fold.train])
+    if target_col != "label":
+        return fold
+    sides = {"train": (fold.train, train_df), "val": (fold.val, fold.truth)}
+    plain = {name: [(column("label", rows, t), f) for t, f in pairs] for name, (pairs, rows) in sides.items()}
+    return replace(fold, **plain)
 
 # %% ../../nbs/models/21_datasets.ipynb #8f07b83f
 def _long_enough(pairs: list[tuple[TimeSeries, TimeSeries]], rows: int) -> list[tuple[TimeSeries, TimeSeries]]:

@@ -99,8 +99,9 @@ def fit_fold(
             model, recorder = _fit_network(fold, hyperparameters, settings, replace(plan, device=device), seed)
             history, best = pd.DataFrame(recorder.rows), recorder.best_epoch or len(recorder.rows)
         else:
-            model = create_model(settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed)
-            model.fit(**_sides(fold.train))
+            how = {"horizon": settings.horizon, "direct": settings.splits is not None, "seed": seed}
+            model = create_model(settings.model_name, hyperparameters, **how)
+            model.fit(**_sides(fold.train), sample_weight=fold.weights)
             return Fit(model, pd.DataFrame(columns=list(_LOSSES)), None, None, own_clock() - begun)
     return Fit(model, history, best, recorder.last_weights, own_clock() - begun)
 
@@ -133,7 +134,8 @@ def _stopping_side(fold: DartsFold, hyperparameters: dict, settings: RunSettings
 
 # %% ../../nbs/models/23d_fits.ipynb #3c326b4c
 def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, plan: FitPlan, seed: int):
-    windows = _windows(fold.train, hyperparameters, settings, bounds=_bounds(settings) | {"seed": seed})
+    how = _bounds(settings) | {"seed": seed, "weights": fold.weights}
+    windows = _windows(fold.train, hyperparameters, settings, how)
 
     def on_epoch(row: dict[str, float]) -> None:
         if windows:
@@ -151,10 +153,11 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
     )  # fmt: skip
     val = _stopping_side(fold, hyperparameters, settings) if plan.patience else []
     if windows is None:
-        model.fit(**_sides(fold.train), **(_sides(val, "val_") if val else {}), verbose=False)
+        sides = _sides(fold.train) | (_sides(val, "val_") if val else {})
+        model.fit(**sides, sample_weight=fold.weights, verbose=False)
     else:
-        val_windows = _windows(val, hyperparameters, settings) if val else None
-        model.fit_from_dataset(windows, val_windows, dataloader_kwargs=dict(LOADER), verbose=False)
+        beside = _windows(val, hyperparameters, settings) if val else None
+        model.fit_from_dataset(windows, beside, dataloader_kwargs=dict(LOADER), verbose=False)
     return model, recorder
 
 # %% ../../nbs/models/23d_fits.ipynb #968ab58b
@@ -168,9 +171,9 @@ def _bounds(settings: RunSettings) -> dict[str, Any]:
 
 
 def _windows(
-    pairs: list, hyperparameters: dict, settings: RunSettings, *, bounds: dict[str, Any] | None = None
+    pairs: list, hyperparameters: dict, settings: RunSettings, how: dict[str, Any] | None = None
 ) -> WindowBatches | None:
     spec, sizes = MODELS[settings.model_name], {"input_chunk_length": hyperparameters["input_chunk_length"]}
     if spec.has_own_windows:
         return None
-    return window_batches(pairs, **sizes, horizon=settings.horizon, is_shifted=spec.is_shifted, **(bounds or {}))
+    return window_batches(pairs, **sizes, horizon=settings.horizon, is_shifted=spec.is_shifted, **(how or {}))

@@ -30,12 +30,13 @@ from ..core.runs import seed_everything, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
 from ..data.database import to_url
 from . import studies
-from .architectures import MODELS, check_horizon, choose_device, suggest_hyperparameters
+from .architectures import MODELS, check_model, choose_device, suggest_hyperparameters
 from .budget import Pulse, Stopped, best_trial, finished_trials, is_open, run_budget
 from .crews import n_workers, run_elsewhere
-from .datasets import DartsFold, data_record, load_table, warn_without_test
+from .datasets import DartsFold, data_record, warn_without_test
 from .fits import FitPlan
 from .helpers import Helpers, lend_a_hand, trial_seed
+from .labelled import load_rows
 from .layouts import study_identity, study_layout
 from .progress import Progress
 from .pruning import Judge, create_pruner
@@ -65,7 +66,7 @@ def objective(
         raise
     _keep(trial, results, folds)
     if artifact_store is not None:
-        studies.upload_tables(trial, _tables(results), store=artifact_store)
+        studies.upload_rowss(trial, _tables(results), store=artifact_store)
     return float(np.mean([result.score for result in results]))
 
 # %% ../../nbs/models/25_tuner.ipynb #a9906ae7
@@ -190,7 +191,7 @@ def work(
     s = settings if isinstance(settings, TuneSettings) else TuneSettings.from_values(settings)
     seed_everything(s.seed)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    table = outlast(partial(load_table, s, db))
+    table = outlast(partial(load_rows, s, db))
     study, store = outlast(partial(_open, s, db, table)), outlast(partial(studies.artifact_store, s, db))
     prepare = partial(prepare_fold, table, settings=s, early_stopping_on=s.early_stopping_on)
     folds, plan = [prepare(bounds) for bounds in study_layout(table, s)], fit_plan(s, threads)
@@ -233,8 +234,8 @@ def tune(
     progress: bool = True,  # a progress bar on standard error
 ) -> optuna.Study:
     """The study with its budget spent; the best parameters are written to the settings' folder."""
-    check_horizon(settings.model_name, settings.horizon)
-    table = load_table(settings, db)
+    check_model(settings)
+    table = load_rows(settings, db)
     warn_without_test(table, settings)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with stop_on_signal() as is_stopping, _home(settings, db):
