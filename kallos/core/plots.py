@@ -163,13 +163,15 @@ def plot_forecasts(
 ) -> go.Figure:
     """Truth, forecast and naive forecast: over time for a price, against each other and over time for a return."""
     _check_one(forecasts)
+    if forecasts["target"].iloc[0] == "label":
+        raise DataError("a class names no price to draw", "label", "Draw its calibration, or its score by fold.")
     drawn = forecasts.sort_values("ts").iloc[:: math.ceil(len(forecasts) / MOST_POINTS)]
     head = forecasts.iloc[0]
     worth = skill(forecasts["y_true"], forecasts["y_pred"], forecasts["y_naive"])
     thinned = f", {len(drawn):,} drawn" if len(drawn) < len(forecasts) else ""
     title = f"{head['model']}, {head['asset_id']} {head['timeframe']}, horizon {head['horizon']}: skill {worth:.1%} "
     title += f"over {len(forecasts):,} forecasts{thinned}"
-    draw = _draw_returns if head["target"] == "log_return" else _draw_prices
+    draw = _draw_returns if head["target"] in ("log_return", "return") else _draw_prices
     return draw(drawn, title)
 
 
