@@ -91,7 +91,7 @@ _TABLES = {
 _RUN = {
     "model_name": _option(str, "gru, lstm, rnn, transformer, tcn, nbeats, nhits, tide, ..., linear.", "gru"),
     "end_date": _option(str, "The last moment tuning and training may see, UTC, e.g. 2023-01-01."),
-    "target_col": _option(str, "What is forecast: log_return, close or log_close.", "log_return"),
+    "target_col": _option(str, "log_return, close or log_close; of --splits return or label.", "log_return"),
     "feature_groups": _option(str, "Features by way of scaling: JSON or a YAML file.", "as in config/train.yaml"),
     "horizon": _option(int, "Bars ahead.", "1"),
     "device": _option(str, "Where networks train: auto, cpu or cuda.", "auto"),
@@ -103,6 +103,7 @@ _RUN = {
     "growing_epochs": _flag(
         "--growing-epochs", "Begin with an eighth of the windows; every epoch takes twice as many."
     ),
+    "splits": _option(Path, "Labelled tables that `data` left; they also say asset, timeframe, features and end date."),
     "output_path": _option(Path, "Folder of the results.", "the working folder"),
     "no_report": _flag("--no-report", "Call the functions alone, no notebook."),
 }

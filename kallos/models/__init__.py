@@ -139,6 +139,7 @@ __getattr__, __dir__, __all__ = lazy(
             "direct_forecasts",
             "fold_score",
             "label_table",
+            "naive_forecasts",
         ),
         "validation": (
             "FoldResult",
@@ -248,10 +249,20 @@ __getattr__, __dir__, __all__ = lazy(
             "tune",
             "work",
         ),
+        "label_trainer": (
+            "LabelRun",
+            "LabelTrainSettings",
+            "MODEL_FOLDER",
+            "label_fold",
+            "label_metrics",
+            "load_run",
+            "train_on_labels",
+        ),
         "trainer": (
             "TrainedModel",
             "fit_all",
             "load_trained",
+            "read_model",
             "train",
             "train_and_save_model",
         ),

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ..core.config import RunSettings, Workers, as_parameters
 from ..core.errors import ConfigError
 from ..core.runs import atomic_write, fingerprint, package_versions, seed_everything, write_manifest
+from ..core.schemas import timeframe_delta
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold, path_folds
 from ..data.splits import Splitter, WalkForwardSplit
 from .architectures import check_hyperparameters, check_model, choose_device
@@ -178,7 +179,8 @@ def paths_of(
     """The Forecasts table of each path."""
     if not isinstance(splitter, CombinatorialPurgedCV):
         return [forecasts]
-    row, fold = ts.get_indexer(forecasts["target_ts"]), forecasts["fold"].to_numpy()
+    ahead = forecasts["horizon"].iloc[0] * timeframe_delta(forecasts["timeframe"].iloc[0])
+    row, fold = ts.get_indexer(forecasts["ts"] + ahead), forecasts["fold"].to_numpy()
     return [forecasts[folds[row] == fold].reset_index(drop=True) for folds in path_folds(splitter, ts)]
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #8797248e

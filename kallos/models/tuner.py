@@ -36,6 +36,7 @@ from .crews import n_workers, run_elsewhere
 from .datasets import DartsFold, data_record, warn_without_test
 from .fits import FitPlan
 from .helpers import Helpers, lend_a_hand, trial_seed
+from .label_forecasts import fold_score, naive_forecasts
 from .labelled import load_rows
 from .layouts import study_identity, study_layout
 from .progress import Progress
@@ -55,7 +56,7 @@ def objective(
     judge: Judge | None = None,  # says whether the trial should end; one by the trial's own study if None
     others: Others | None = None,  # who may help with folds that advance side by side
 ) -> float:
-    """The mean over folds of the RMSE in scaled units; TrainingError, kept with the trial, if a fit fails."""
+    """The mean over folds of their scores; TrainingError, kept with the trial, if a fit fails."""
     hyperparameters = suggest_hyperparameters(trial, settings.model_name)
     how = {"settings": settings, "plan": plan or fit_plan(settings), "seed": trial_seed(settings, trial)}
     run = partial(_by_epochs, others) if _are_in_turns(settings) else _by_folds
@@ -66,7 +67,7 @@ def objective(
         raise
     _keep(trial, results, folds)
     if artifact_store is not None:
-        studies.upload_rowss(trial, _tables(results), store=artifact_store)
+        studies.upload_tables(trial, _tables(results), store=artifact_store)
     return float(np.mean([result.score for result in results]))
 
 # %% ../../nbs/models/25_tuner.ipynb #a9906ae7
@@ -125,8 +126,7 @@ def replay(
 def _keep(trial: BaseTrial, results: list[FoldResult], folds: list[DartsFold]) -> None:
     forecasts = pd.concat([result.forecasts for result in results], ignore_index=True)
     by_fold = score_forecasts(forecasts, by=["fold"])
-    scale = np.array([float(fold.transformer.target_scaler.scale_[0]) for fold in folds])
-    naive = by_fold["rmse_naive"].to_numpy() / scale
+    naive = np.array([fold_score(f, naive_forecasts(r.forecasts)) for f, r in zip(folds, results, strict=True)])
     scores, last = (np.array([getattr(result, name) for result in results]) for name in ("score", "score_last"))
     epochs = [result.fit.best_epoch for result in results]
     kept = {
