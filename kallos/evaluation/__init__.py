@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy(
         "verdict": (
             "DieboldMariano",
             "Verdict",
+            "compare_losses",
             "diebold_mariano",
             "judge",
         ),
