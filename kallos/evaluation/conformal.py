@@ -52,7 +52,7 @@ def conformal_intervals(
 
 _SERIES = ["asset_id", "timeframe", "model", "horizon", "target"]
 
-
+# %% ../../nbs/evaluation/29b_conformal.ipynb #f38cd7ee
 def _scale(rows: pd.DataFrame) -> np.ndarray:
     return np.where(rows["target"] == "close", rows["close_at_ts"], 1.0)
 

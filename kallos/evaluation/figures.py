@@ -32,7 +32,7 @@ def verdict_figures(
     found["paths"] = plot_paths(path_returns(run.paths, fee=fee))
     return found | (_of_labels(path) if is_label else _of_numbers(run, path))
 
-
+# %% ../../nbs/evaluation/32e_figures.ipynb #972a7cb2
 def _of_labels(path: pd.DataFrame) -> dict[str, go.Figure]:
     sides = {"likeliest class": "top", "down": "down", "up": "up"}
     return {"calibration": plot_calibration({name: calibration_table(path, of=of) for name, of in sides.items()})}

@@ -15,6 +15,7 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
+# %% ../../nbs/evaluation/32c_multiple_testing.ipynb #c8a3dd73
 from ..core.config import TuneSettings, study_name
 from ..core.errors import DataError
 from ..core.metrics import sign_strategy_returns
@@ -49,7 +50,7 @@ def _bets(forecasts: pd.DataFrame) -> pd.DataFrame:
         return rows[rows.groupby("fold").cumcount() % rows["horizon"] == 0]
     return rows.loc[[row for _, fold in rows.groupby("fold") for row in _one_by_one(fold)]]
 
-
+# %% ../../nbs/evaluation/32c_multiple_testing.ipynb #bf699b34
 def _is_regular(rows: pd.DataFrame) -> bool:
     """Whether each forecast is about the time that its horizon says."""
     bar = timeframe_delta(rows["timeframe"].iloc[0])

@@ -41,7 +41,7 @@ def judge_path(
     earned, periods = strategy_returns(forecasts, fee=fee), bets_per_year(forecasts)
     return PathVerdict(judge(forecasts), sharpe(earned, periods_per_year=periods))
 
-
+# %% ../../nbs/evaluation/32d_paths.ipynb #95378a88
 def path_returns(
     paths: list[pd.DataFrame],  # the Forecasts tables of the paths
     *,
@@ -105,9 +105,6 @@ def learns_from(
     return "past" if isinstance(run.splitter, WalkForwardSplit) else "others"
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #789ce356
-_LEVEL = 0.9  # of the intervals in a run's folder
-
-
 def metrics_of(
     run: CrossValidation,  # as `cross_validate` returns it
     *,
@@ -125,7 +122,8 @@ def metrics_of(
     covered = {name: _rows(coverage(bounded, by=[name[:-1]])) for name in ("paths", "folds")}
     return found | {"intervals": {"level": _LEVEL, "learn_from": learns_from(run)} | covered}
 
-
+# %% ../../nbs/evaluation/32d_paths.ipynb #0b975644
+_LEVEL = 0.9  # of the intervals in a run's folder
 _GROUPS = {"folds": "fold", "pooled": "target"}
 
 
