@@ -135,7 +135,6 @@ __getattr__, __dir__, __all__ = lazy(
             "study_storage",
         ),
         "label_forecasts": (
-            "CLASSES",
             "direct_forecasts",
             "fold_score",
             "label_table",
