@@ -36,6 +36,13 @@ def _settings(kind: str, given: dict[str, Any]) -> "RunSettings":
     return settings if settings.output_path else settings.model_copy(update={"output_path": Path()})
 
 
+def _params_file(given: dict[str, Any]) -> Path:
+    if "params_file" not in given:
+        todo = "Name what `kallos-run tune` wrote with --params-file, or labelled tables with --splits."
+        raise ConfigError("nothing says which parameters to train with", next_step=todo)
+    return given["params_file"]
+
+# %% ../nbs/59c_run_commands.ipynb #76a645a8
 def _check_run(settings: "RunSettings", db_url: str | None) -> None:
     from kallos.data.assets import list_assets
     from kallos.data.store import read_features
@@ -108,11 +115,8 @@ def train(
     if "splits" in given:
         _train_on_labels(given)
         return
-    if "params_file" not in given:
-        todo = "Name what `kallos-run tune` wrote with --params-file, or labelled tables with --splits."
-        raise ConfigError("nothing says which parameters to train with", next_step=todo)
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
-    settings = _settings("train", merge_params(given, given["params_file"]))
+    settings = _settings("train", merge_params(given, _params_file(given)))
     _run("train", settings, db_url, no_report)
     _tell_trained(settings, no_report)
 

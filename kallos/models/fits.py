@@ -99,7 +99,7 @@ def fit_fold(
             model, recorder = _fit_network(fold, hyperparameters, settings, replace(plan, device=device), seed)
             history, best = pd.DataFrame(recorder.rows), recorder.best_epoch or len(recorder.rows)
         else:
-            how = {"horizon": settings.horizon, "direct": settings.splits is not None, "seed": seed}
+            how = {"horizon": settings.horizon, "direct": bool(settings.splits), "seed": seed}
             model = create_model(settings.model_name, hyperparameters, **how)
             model.fit(**_sides(fold.train), sample_weight=fold.weights)
             return Fit(model, pd.DataFrame(columns=list(_LOSSES)), None, None, own_clock() - begun)
@@ -134,8 +134,9 @@ def _stopping_side(fold: DartsFold, hyperparameters: dict, settings: RunSettings
 
 # %% ../../nbs/models/23d_fits.ipynb #3c326b4c
 def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, plan: FitPlan, seed: int):
-    how = _bounds(settings) | {"seed": seed, "weights": fold.weights}
-    windows = _windows(fold.train, hyperparameters, settings, how)
+    windows = _windows(
+        fold.train, hyperparameters, settings, _bounds(settings) | {"seed": seed, "weights": fold.weights}
+    )
 
     def on_epoch(row: dict[str, float]) -> None:
         if windows:
@@ -153,8 +154,9 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
     )  # fmt: skip
     val = _stopping_side(fold, hyperparameters, settings) if plan.patience else []
     if windows is None:
-        sides = _sides(fold.train) | (_sides(val, "val_") if val else {})
-        model.fit(**sides, sample_weight=fold.weights, verbose=False)
+        model.fit(
+            **_sides(fold.train), **(_sides(val, "val_") if val else {}), sample_weight=fold.weights, verbose=False
+        )
     else:
         beside = _windows(val, hyperparameters, settings) if val else None
         model.fit_from_dataset(windows, beside, dataloader_kwargs=dict(LOADER), verbose=False)
