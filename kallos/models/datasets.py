@@ -201,8 +201,7 @@ def prepare_darts_timeseries(
         if len(rows) and not sides[side]:
             problem = f"fold {fold}: no {side} stretch without a gap is as long as input chunk and horizon"
             raise DataError(problem, received=shortest, next_step="Fill the gaps, or use a longer window.")
-    whole = DartsFold(fold, *sides.values(), lookback, transformer, around[_truth(around, target_col)])
-    return _labelled(whole, train_df, target_col)
+    return _labelled(DartsFold(fold, *sides.values(), lookback, transformer, around), train_df, target_col)
 
 # %% ../../nbs/models/21_datasets.ipynb #d72719fd
 def _fitted(train_df: pd.DataFrame, groups: FeatureGroups, target_col: str) -> FeatureTransformer:
@@ -233,14 +232,12 @@ def _series(times: pd.DatetimeIndex, values: pd.DataFrame) -> TimeSeries:
     return TimeSeries(times, values.to_numpy("float32"), components=list(values.columns))
 
 # %% ../../nbs/models/21_datasets.ipynb #9240d473
-def _truth(rows: pd.DataFrame, target_col: str) -> list[str]:
-    return [name for name in dict.fromkeys(["close", target_col, "t1", "return_true"]) if name in rows]
-
-
 def _labelled(fold: DartsFold, train_df: pd.DataFrame, target_col: str) -> DartsFold:
     def column(name: str, rows: pd.DataFrame, beside: TimeSeries) -> TimeSeries:
         return _series(beside.time_index, rows.loc[beside.time_index.tz_localize("UTC"), [name]])
 
+    known = dict.fromkeys(["close", target_col, "t1", "return_true"])
+    fold = replace(fold, truth=fold.truth[[name for name in known if name in fold.truth]])
     if "sample_weight" not in train_df:
         return fold
     fold = replace(fold, weights=[column("sample_weight", train_df, target) for target, _ in fold.train])

@@ -134,9 +134,7 @@ def _stopping_side(fold: DartsFold, hyperparameters: dict, settings: RunSettings
 
 # %% ../../nbs/models/23d_fits.ipynb #3c326b4c
 def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, plan: FitPlan, seed: int):
-    windows = _windows(
-        fold.train, hyperparameters, settings, _bounds(settings) | {"seed": seed, "weights": fold.weights}
-    )
+    windows = _windows(fold.train, hyperparameters, settings, _draw(fold, settings, seed))
 
     def on_epoch(row: dict[str, float]) -> None:
         if windows:
@@ -146,17 +144,14 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
 
     recorder = BestWeights(on_epoch)
     stop = [EarlyStopping("val_loss", patience=plan.patience)] if plan.patience else []
-    mixed = plan.device.precision == "mixed"
-    fast = [] if settings.exact or plan.device.accelerator != "cpu" else [FastLayers(mixed=mixed)]
     model = create_model(
         settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed, n_epochs=plan.n_epochs,
-        device=plan.device, callbacks=[nan_guard(), recorder, *stop, *fast], reload=settings.growing_epochs,
+        device=plan.device, callbacks=[nan_guard(), recorder, *stop, *_fast_layers(plan, settings)], reload=settings.growing_epochs,
     )  # fmt: skip
     val = _stopping_side(fold, hyperparameters, settings) if plan.patience else []
     if windows is None:
-        model.fit(
-            **_sides(fold.train), **(_sides(val, "val_") if val else {}), sample_weight=fold.weights, verbose=False
-        )
+        sides = _sides(fold.train) | (_sides(val, "val_") if val else {})
+        model.fit(**sides, sample_weight=fold.weights, verbose=False)
     else:
         beside = _windows(val, hyperparameters, settings) if val else None
         model.fit_from_dataset(windows, beside, dataloader_kwargs=dict(LOADER), verbose=False)
@@ -170,6 +165,15 @@ def _bounds(settings: RunSettings) -> dict[str, Any]:
         todo = "Leave out --train-stride, --max-samples-per-epoch and growing epochs."
         raise ConfigError(f"{settings.model_name} takes every window in every epoch", next_step=todo)
     return {"stride": settings.train_stride, "most": most, "growing": growing}
+
+
+def _draw(fold: DartsFold, settings: RunSettings, seed: int) -> dict[str, Any]:
+    return _bounds(settings) | {"seed": seed, "weights": fold.weights}
+
+
+def _fast_layers(plan: FitPlan, settings: RunSettings) -> list[FastLayers]:
+    mixed, off = plan.device.precision == "mixed", settings.exact or plan.device.accelerator != "cpu"
+    return [] if off else [FastLayers(mixed=mixed)]
 
 
 def _windows(
