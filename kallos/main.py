@@ -14,6 +14,7 @@ import typer
 import kallos
 from .core.errors import KallosError
 from .data_commands import data_app
+from .ensemble_commands import ensemble_app
 from .run_commands import run_app
 from .validation_commands import validation_app
 
@@ -28,6 +29,7 @@ app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=Fal
 app.add_typer(data_app)
 app.add_typer(run_app)
 app.add_typer(validation_app)
+app.add_typer(ensemble_app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -245,7 +245,6 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "ensembles": (
             "Aligned",
-            "CLASSES",
             "Combination",
             "EnsembleMethod",
             "LEAST_ROWS",
@@ -267,6 +266,19 @@ __getattr__, __dir__, __all__ = lazy(
             "load_bases",
             "longest_lookback",
             "times_to_forecast",
+        ),
+        "saved_ensembles": (
+            "BaseModel",
+            "ENSEMBLE_FILE",
+            "Ensemble",
+            "assemble",
+            "load_ensemble",
+            "load_rows",
+            "path_deviations",
+        ),
+        "ensemble_training": (
+            "TrainedEnsemble",
+            "train_ensemble",
         ),
     },
 )

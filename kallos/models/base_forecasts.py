@@ -6,7 +6,7 @@
 __all__ = ['Tables', 'EnsembleSettings', 'ensemble_settings', 'load_bases', 'times_to_forecast', 'BaseForecasts',
            'longest_lookback', 'forecast_bases']
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #a5638abd
+# %% ../../nbs/models/27b_base_forecasts.ipynb #29ffab32
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,11 @@ from pydantic import Field, model_validator
 from ..core.config import Name, find_file, project_root
 from ..core.errors import ConfigError, DataError
 from ..core.logs import log_event
+from ..core.schemas import timeframe_delta
 from ..data.bars import segment_ids
 from ..data.purged import CombinatorialPurgedCV, group_edges
 from ..data.splits import Splitter
-from .architectures import MODELS, check_horizon, check_hyperparameters, check_model_name, choose_device
+from .architectures import MODELS, check_hyperparameters, check_model_name, choose_device
 from .cross_validation import ValidationSettings, create_splitter, paths_of, run_folds
 from .datasets import load_table
 from .ensembles import Aligned, EnsembleMethod, align_forecasts
@@ -189,7 +190,7 @@ class BaseForecasts:
 
 Tables = dict[str, pd.DataFrame]
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #e1ecd929
+# %% ../../nbs/models/27b_base_forecasts.ipynb #17b01009
 def _run(settings: EnsembleSettings, tables: Tables, splitter: Splitter, progress: bool) -> Tables:
     """The forecasts of each base model over the folds, of the rows that all can forecast."""
     found, params = {}, {label: _hyperparameters(b) for label, b in zip(settings.labels, settings.bases, strict=True)}
@@ -201,15 +202,18 @@ def _run(settings: EnsembleSettings, tables: Tables, splitter: Splitter, progres
         base = base.model_copy(update={"precision": choose_device(base).precision})
         keep = {"settings": base, "folder": settings.kept_folds, "progress": progress}
         forecasts = run_folds(tables[label], splitter, params[label], **keep)
-        found[label] = forecasts[forecasts["target_ts"].isin(wanted)]
+        found[label] = forecasts[_row_times(forecasts).isin(wanted)]
     return found
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #68a0dbd9
+# %% ../../nbs/models/27b_base_forecasts.ipynb #a194c69e
+def _row_times(forecasts: pd.DataFrame) -> pd.Series:
+    return forecasts["ts"] + forecasts["horizon"].iloc[0] * timeframe_delta(forecasts["timeframe"].iloc[0])
+
+
 def _hyperparameters(base: ValidationSettings) -> dict[str, Any]:
     """The base model's hyperparameters; ConfigError if they cannot be used."""
     params = read_params(base.params_file)
     check_hyperparameters(base.model_name, params["hyperparameters"], horizon=base.horizon)
-    check_horizon(base.model_name, base.horizon)
     if MODELS[base.model_name].is_network and not params.get("n_epochs"):
         todo = "Tune the model, or write n_epochs into the file: the final training needs it."
         raise ConfigError("the parameters file names no n_epochs", str(base.params_file), todo)
@@ -235,7 +239,7 @@ def _learn_from(
         found[label] = table[table["fold"].map(shown).to_numpy() == group].drop(columns="row")
     return found
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #b3690612
+# %% ../../nbs/models/27b_base_forecasts.ipynb #a6c41b7e
 def _known(
     settings: EnsembleSettings, data: Tables, splitter: Splitter, whole: Aligned, progress: bool
 ) -> Callable[[int], Aligned]:
@@ -247,7 +251,7 @@ def _known(
     purge, ts = {"horizon": settings.own.horizon, "embargo": settings.own.embargo}, data[settings.labels[0]].index
     inner = CombinatorialPurgedCV(n_groups, n_tested + 1, **purge)
     tables = _run(settings, data, inner, progress)
-    tables = {label: table.assign(row=ts.get_indexer(table["target_ts"])) for label, table in tables.items()}
+    tables = {label: table.assign(row=ts.get_indexer(_row_times(table))) for label, table in tables.items()}
     layout = splitter.test_groups(), inner.test_groups(), group_edges(len(ts), n_groups)
     return lambda fold: align_forecasts(_learn_from(fold, tables, *layout), asset_id=settings.asset_id)
 

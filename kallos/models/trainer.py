@@ -70,10 +70,9 @@ def _forecast(model: "ForecastingModel", transformer: FeatureTransformer, rows: 
 def _read_back(path: Path, scaler_path: Path, model_name: str) -> tuple["ForecastingModel", FeatureTransformer]:
     import darts.models
 
-    on_cpu = (
-        {"map_location": "cpu", "pl_trainer_kwargs": trainer_kwargs(Device())} if MODELS[model_name].is_network else {}
-    )
-    model = getattr(darts.models, MODELS[model_name].darts_class).load(str(path), **on_cpu)
+    on_cpu = {"map_location": "cpu", "pl_trainer_kwargs": trainer_kwargs(Device())}
+    how = on_cpu if MODELS[model_name].is_network else {"trusted": True}  # by its hash; trees hold a random generator
+    model = getattr(darts.models, MODELS[model_name].darts_class).load(str(path), **how)
     return model, pickle.loads(scaler_path.read_bytes())
 
 # %% ../../nbs/models/26_trainer.ipynb #fb77badd
