@@ -1135,6 +1135,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'kallos/models/base_forecasts.py'),
                                               'kallos.models.base_forecasts._hyperparameters': ( 'models/base_forecasts.html#_hyperparameters',
                                                                                                  'kallos/models/base_forecasts.py'),
+                                              'kallos.models.base_forecasts._idle': ( 'models/base_forecasts.html#_idle',
+                                                                                      'kallos/models/base_forecasts.py'),
                                               'kallos.models.base_forecasts._known': ( 'models/base_forecasts.html#_known',
                                                                                        'kallos/models/base_forecasts.py'),
                                               'kallos.models.base_forecasts._learn_from': ( 'models/base_forecasts.html#_learn_from',

@@ -289,21 +289,17 @@ def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_al
     ("words", "message"),
     [
         ((*WHAT, "--models", "linear,gru,lstm"), "without a parameters file; got 'gru: gru_BTC_best_params.json, lstm"),
-        ((*WHAT, "--models", "linear,linear"), "models named twice: linear"),
-        ((*WHAT, "--models", "linear"), "at least 2 items"),
-        ((*WHAT, "--models", "linear,forest"), "unknown model; got 'forest'"),
-        ((*WHAT, *TWO, "--method", "bagging"), "method: Input should be 'voting', 'stacking' or 'blending'"),
         ((*WHAT[:4], "--n-splits", 2, *TWO), "use 3 or more, got 2"),
-        ((*WHAT, *TWO, "--method", "blending", "--scheme", "cpcv"), "judge it by cv or walk-forward"),
-        ((*WHAT, *TWO, "--params-files", "linear_BTC_best_params.json"), "2 models, but 1 parameters files"),
-        ((*WHAT, "--models", "linear,linear@ETH", "--params-files", "linear_BTC_best_params.json,"
-          "hist_gradient_boosting_BTC_best_params.json"), "ETH"),
-        ((*WHAT[:2], *TWO), "end_date is required"),
+        ((*WHAT, *TWO, "--weighting", "median"), "weighting is of voting, and this is stacking"),
+        (
+            (*WHAT, "--models", "linear,linear@ETH", "--params-files", ",".join(["linear_BTC_best_params.json"] * 2)),
+            "no features of 'ETH' in '1d'",
+        ),
         (WHAT, "Missing option '--models'"),
         ((*WHAT, *TWO, "--dask-scheduler", "tcp://127.0.0.1:1"), "no Dask scheduler answers"),
     ],
-    ids=range(12),
-)  # fmt: skip
+    ids=["no file", "few groups", "idle option", "no features", "no models", "no scheduler"],
+)
 def test_wrong_input_is_one_message_and_exit_code_2(words, message, folder):
     process = start(folder, *words)
     said, problem = process.communicate(timeout=100)
@@ -314,7 +310,7 @@ def test_wrong_input_is_one_message_and_exit_code_2(words, message, folder):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_folds_that_are_done(folder):
     write_json(folder / "gru_BTC_best_params.json", {"model_name": "gru", "n_epochs": 2, "hyperparameters": NETWORK})
-    words = (*WHAT, "--models", "linear,gru", "--max-epochs", 15, "--scheme", "walk-forward", "--refit-every", 80)
+    words = (*WHAT[:4], "--models", "linear,gru", "--max-epochs", 15, "--scheme", "walk-forward", "--refit-every", 80)
     process, kept = start(folder, *words), folder / "folds_BTC_1d"
     while process.poll() is None and (not kept.exists() or len([*kept.glob("[!.]*.parquet")]) < 6):
         time.sleep(0.02)

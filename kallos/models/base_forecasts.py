@@ -63,7 +63,21 @@ def _groups(base: ValidationSettings) -> tuple[int, int]:
     """How many groups the rows make, and how many of them a fold judges."""
     return (base.n_groups, base.n_test_groups) if base.scheme == "cpcv" else (base.n_splits, 1)
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #a010aa77
+# %% ../../nbs/models/27b_base_forecasts.ipynb #55242e01
+_WEIGHING = {"weighting": "voting", "penalty": "stacking", "holdout_share": "blending"}
+_SPLITTING = {"n_splits": "cv", "n_groups": "cpcv", "n_test_groups": "cpcv", "refit_every": "walk-forward"}
+_SPLITTING |= {"first_train_share": "walk-forward", "train_window": "walk-forward"}
+
+
+def _idle(settings: _Bases) -> Iterator[str]:
+    """The settings that were given and do nothing."""
+    given = ((_WEIGHING, settings, settings.method), (_SPLITTING, settings.bases[0], settings.bases[0].scheme))
+    for uses, where, chosen in given:
+        for name, use in uses.items():
+            if name in where.model_fields_set and use != chosen:
+                yield f"{name} is of {use}, and this is {chosen}"
+
+# %% ../../nbs/models/27b_base_forecasts.ipynb #80ebdfd3
 def _faults(settings: _Bases) -> Iterator[str]:
     """What is wrong with the settings as a whole, one clause each."""
     if twice := {label for label in settings.labels if settings.labels.count(label) > 1}:
@@ -79,11 +93,12 @@ def _faults(settings: _Bases) -> Iterator[str]:
         yield f"prices of {', '.join(sorted(assets))} have no common unit to vote in: stack, or forecast log_return"
     if settings.method == "blending" and first.scheme == "cpcv":
         yield "blending listens to the rows before those that are judged; judge it by cv or walk-forward"
+    yield from _idle(settings)
     groups, tested = _groups(first)
     if settings.is_fitted and first.scheme != "walk-forward" and groups < tested + 2:
         yield f"a fitted combination leaves out one group more than it judges: use {tested + 2} or more, got {groups}"
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #01ec99e5
+# %% ../../nbs/models/27b_base_forecasts.ipynb #0c4a16b5
 class EnsembleSettings(_Bases):
     """The settings of an ensemble."""
 
@@ -103,7 +118,7 @@ class EnsembleSettings(_Bases):
         """The folder of the folds that all ensembles of the asset and timeframe share."""
         return self.own.folder / f"folds_{self.asset_id}_{self.own.timeframe}"
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #cbcd35c1
+# %% ../../nbs/models/27b_base_forecasts.ipynb #fc1b05ff
 def _params_files(members: list[tuple[str, str]], given: str | list | None, folder: Path) -> list[Path]:
     files = [Path(file.strip()) for file in given.split(",")] if isinstance(given, str) else given
     if files and len(files) != len(members):
@@ -125,7 +140,7 @@ def _member(text: str, asset_id: str) -> tuple[str, str]:
     check_model_name(model)
     return model, other or asset_id
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #df11729e
+# %% ../../nbs/models/27b_base_forecasts.ipynb #e10f7198
 def ensemble_settings(
     values: dict[str, Any],  # asset_id, models, params_files, and any field of EnsembleMethod or ValidationSettings
     *,
@@ -146,7 +161,7 @@ def ensemble_settings(
         bases.append(ValidationSettings.from_values(merged, source=f"{source}, with {file}"))
     return EnsembleSettings.from_values(own | {"asset_id": asset, "bases": bases}, source=source)
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #74f88057
+# %% ../../nbs/models/27b_base_forecasts.ipynb #aeaea6cd
 def load_bases(
     settings: EnsembleSettings,  # of the ensemble
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
@@ -164,7 +179,7 @@ def load_bases(
         log_event("rows that not all base models have are left out", level="warning", **left)
     return {label: table.loc[common] for label, table in tables.items()}
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #3c4955fa
+# %% ../../nbs/models/27b_base_forecasts.ipynb #5729c042
 def times_to_forecast(
     ts: pd.DatetimeIndex,  # (n) times of the rows, rising
     *,
@@ -176,7 +191,7 @@ def times_to_forecast(
     runs = pd.Series(segment_ids(ts, timeframe=timeframe))
     return ts[(runs.groupby(runs).cumcount() >= lookback + horizon - 1).to_numpy()]
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #77f1c4cd
+# %% ../../nbs/models/27b_base_forecasts.ipynb #bda1b163
 @dataclass(frozen=True)
 class BaseForecasts:
     """The base models' forecasts out of sample."""
@@ -190,7 +205,7 @@ class BaseForecasts:
 
 Tables = dict[str, pd.DataFrame]
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #17b01009
+# %% ../../nbs/models/27b_base_forecasts.ipynb #dd6e8e3f
 def _run(settings: EnsembleSettings, tables: Tables, splitter: Splitter, progress: bool) -> Tables:
     """The forecasts of each base model over the folds, of the rows that all can forecast."""
     found, params = {}, {label: _hyperparameters(b) for label, b in zip(settings.labels, settings.bases, strict=True)}
@@ -205,7 +220,7 @@ def _run(settings: EnsembleSettings, tables: Tables, splitter: Splitter, progres
         found[label] = forecasts[_row_times(forecasts).isin(wanted)]
     return found
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #a194c69e
+# %% ../../nbs/models/27b_base_forecasts.ipynb #800fd2d5
 def _row_times(forecasts: pd.DataFrame) -> pd.Series:
     return forecasts["ts"] + forecasts["horizon"].iloc[0] * timeframe_delta(forecasts["timeframe"].iloc[0])
 
@@ -226,7 +241,7 @@ def longest_lookback(
     """The longest input window of the base models, in bars; ConfigError on unusable hyperparameters."""
     return max(_hyperparameters(base)["input_chunk_length"] for base in settings.bases)
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #d26b6f3f
+# %% ../../nbs/models/27b_base_forecasts.ipynb #2a417fda
 def _learn_from(
     fold: int, tables: Tables, groups: list[tuple[int, ...]], inner: list[tuple[int, ...]], edges: np.ndarray
 ) -> Tables:
@@ -239,7 +254,7 @@ def _learn_from(
         found[label] = table[table["fold"].map(shown).to_numpy() == group].drop(columns="row")
     return found
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #a6c41b7e
+# %% ../../nbs/models/27b_base_forecasts.ipynb #5106983e
 def _known(
     settings: EnsembleSettings, data: Tables, splitter: Splitter, whole: Aligned, progress: bool
 ) -> Callable[[int], Aligned]:
@@ -255,7 +270,7 @@ def _known(
     layout = splitter.test_groups(), inner.test_groups(), group_edges(len(ts), n_groups)
     return lambda fold: align_forecasts(_learn_from(fold, tables, *layout), asset_id=settings.asset_id)
 
-# %% ../../nbs/models/27b_base_forecasts.ipynb #faf65915
+# %% ../../nbs/models/27b_base_forecasts.ipynb #c26b0ace
 def forecast_bases(
     settings: EnsembleSettings,  # of the ensemble
     *,
