@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #eb719af8
+# %% ../../nbs/models/27d_ensemble_training.ipynb #068daf9d
 from ..core.config import TrainSettings, as_parameters
 from ..core.errors import ArtifactError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.metrics import rmse, skill
 from kallos.core.runs import (
     atomic_write,
+    file_hash,
     fingerprint,
     package_versions,
     read_json,
@@ -75,7 +76,7 @@ def _training_key(settings: TrainSettings, table: pd.DataFrame) -> str:
     values |= {"packages": package_versions(), "precision": choose_device(settings).precision}
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #a96953fe
+# %% ../../nbs/models/27d_ensemble_training.ipynb #bfd82daa
 def _manifest_of(settings: TrainSettings) -> Path:
     return settings.folder / f"{settings.model_name}_{settings.asset_id}_manifest.json"
 
@@ -87,20 +88,22 @@ def _noted(settings: TrainSettings, key: str) -> np.ndarray | None:
         note = read_json(settings.folder / _NOTE)
     except ArtifactError:
         return None
-    return np.array(note["last_forecast"]) if note["key"] == key else None
+    same = note["key"] == key and note["manifest"] == file_hash(_manifest_of(settings))
+    return np.array(note["last_forecast"]) if same else None
 
-
+# %% ../../nbs/models/27d_ensemble_training.ipynb #ae8e26c6
 def _train_base(settings: TrainSettings, db: Any) -> float:
     """What the trained base model says after the last row, less the naive forecast."""
     table = load_table(settings, db)
     key = _training_key(settings, table)
     if (path := _noted(settings, key)) is None:
         path = train(settings, db=db).last_forecast
-        write_json(settings.folder / _NOTE, {"key": key, "last_forecast": path})
+        note = {"key": key, "last_forecast": path, "manifest": file_hash(_manifest_of(settings))}
+        write_json(settings.folder / _NOTE, note)
     last = table[settings.target_col].to_numpy()[-1:]
     return float(path_deviations(path[None], last, target_col=settings.target_col)[0])
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #24978643
+# %% ../../nbs/models/27d_ensemble_training.ipynb #754e366d
 @dataclass(frozen=True)
 class TrainedEnsemble:
     """What a run left."""
@@ -118,7 +121,7 @@ def _save(settings: EnsembleSettings, combination: Combination, trained: list[Tr
     about = {"name": settings.title, "asset_id": settings.asset_id, "bases": bases}
     write_json(settings.folder / ENSEMBLE_FILE, about | {"combination": combination.as_json()})
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #45b9287c
+# %% ../../nbs/models/27d_ensemble_training.ipynb #5c738f10
 def _prove(settings: EnsembleSettings, combination: Combination, deviations: np.ndarray, db: Any) -> float:
     """The forecast after the last row; TrainingError if what is read back forecasts otherwise."""
     ensemble = assemble(settings.folder)
@@ -133,7 +136,7 @@ def _prove(settings: EnsembleSettings, combination: Combination, deviations: np.
         raise TrainingError(problem, next_step="Nothing vouches for it. Please report this with the parameters files.")
     return got
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #6c9832bb
+# %% ../../nbs/models/27d_ensemble_training.ipynb #4e6813a2
 def _artifacts(folder: Path, trained: list[TrainSettings]) -> dict[str, Path]:
     """Every file that the manifest vouches for, by its path in the folder."""
     files = [folder / "forecasts.parquet", folder / ENSEMBLE_FILE]
@@ -143,7 +146,7 @@ def _artifacts(folder: Path, trained: list[TrainSettings]) -> dict[str, Path]:
         files += [each.folder / item["path"] for item in manifest["artifacts"].values()]
     return {path.relative_to(folder).as_posix(): path for path in files}
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #8b8f0dcb
+# %% ../../nbs/models/27d_ensemble_training.ipynb #9b5dd476
 def _combined(settings: EnsembleSettings, db: Any, progress: bool) -> tuple[BaseForecasts, StackedFolds, Combination]:
     """The base forecasts, the ensemble's own, which are on disk too, and the combination to save."""
     start_log(settings.folder / "ensemble.log")
@@ -157,7 +160,7 @@ def _combined(settings: EnsembleSettings, db: Any, progress: bool) -> tuple[Base
         stack.forecasts.to_parquet(file, index=False)
     return bases, stack, fit_combination(bases.whole, settings)
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #e518e161
+# %% ../../nbs/models/27d_ensemble_training.ipynb #6d70ae4c
 def train_ensemble(
     settings: EnsembleSettings,  # of the ensemble
     *,
@@ -176,7 +179,7 @@ def train_ensemble(
     validation = CrossValidation(stack.forecasts, paths, bases.splitter, folder)
     return TrainedEnsemble(validation, combination, scores, folder / "manifest.json", last)
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #6d75fc38
+# %% ../../nbs/models/27d_ensemble_training.ipynb #a32377aa
 def _write_manifest(
     settings: EnsembleSettings, trained: list[TrainSettings], stack: StackedFolds, combination: Combination,
     scores: dict, db: Any,
