@@ -135,6 +135,18 @@ _VALIDATION = {
     "refit_every": _option(int, "Rows between two fits.", "a twentieth of the tested rows"),
 }
 
+# %% ../nbs/59_options.ipynb #5c81e0da
+_ENSEMBLE = {
+    "models": _option(str, "Tuned models, with commas between; gru@ETH is one of another asset."),
+    "params_files": _option(str, "What tune wrote for each, in that order.", "{model}_{asset}_best_params.json"),
+    "method": _option(str, "How forecasts are combined: voting, stacking or blending.", "stacking"),
+    "weighting": _option(str, "Of voting: mean, median or inverse_error.", "mean"),
+    "penalty": _option(float, "Of stacking: 1 / the share of variance that a model may explain.", "100.0"),
+    "holdout_share": _option(float, "Of blending: share of the rows before the judged ones.", "0.5"),
+    "scheme": _option(str, "How the ensemble is judged: cv, walk-forward or cpcv.", "cv"),
+    "name": _option(str, "Of the ensemble.", "its method"),
+}
+
 # %% ../nbs/59_options.ipynb #68e27643
 _WORKERS = {
     "early_stopping_on": _option(
@@ -156,7 +168,7 @@ _DASHBOARD = {
     "port": _option(int, "Port to listen at.", "8080"),
 }
 OPTIONS: dict[str, Any] = (
-    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _VALIDATION | _WORKERS | _DASHBOARD
+    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _VALIDATION | _ENSEMBLE | _WORKERS | _DASHBOARD
 )
 
 # %% ../nbs/59_options.ipynb #15eee451

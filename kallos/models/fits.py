@@ -146,7 +146,8 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
     stop = [EarlyStopping("val_loss", patience=plan.patience)] if plan.patience else []
     model = create_model(
         settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed, n_epochs=plan.n_epochs,
-        device=plan.device, callbacks=[nan_guard(), recorder, *stop, *_fast_layers(plan, settings)], reload=settings.growing_epochs,
+        device=plan.device, reload=settings.growing_epochs,
+        callbacks=[nan_guard(), recorder, *stop, *_fast_layers(plan, settings)],
     )  # fmt: skip
     val = _stopping_side(fold, hyperparameters, settings) if plan.patience else []
     if windows is None:
