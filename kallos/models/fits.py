@@ -142,11 +142,10 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
         if plan.on_epoch:
             plan.on_epoch(fold.fold, row)
 
-    recorder = BestWeights(on_epoch)
+    recorder, how = BestWeights(on_epoch), {"horizon": settings.horizon, "seed": seed, "n_epochs": plan.n_epochs}
     stop = [EarlyStopping("val_loss", patience=plan.patience)] if plan.patience else []
     model = create_model(
-        settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed, n_epochs=plan.n_epochs,
-        device=plan.device, reload=settings.growing_epochs,
+        settings.model_name, hyperparameters, **how, device=plan.device, reload=settings.growing_epochs,
         callbacks=[nan_guard(), recorder, *stop, *_fast_layers(plan, settings)],
     )  # fmt: skip
     val = _stopping_side(fold, hyperparameters, settings) if plan.patience else []
