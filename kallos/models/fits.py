@@ -171,11 +171,6 @@ def _draw(fold: DartsFold, settings: RunSettings, seed: int) -> dict[str, Any]:
     return _bounds(settings) | {"seed": seed, "weights": fold.weights}
 
 
-def _fast_layers(plan: FitPlan, settings: RunSettings) -> list[FastLayers]:
-    mixed, off = plan.device.precision == "mixed", settings.exact or plan.device.accelerator != "cpu"
-    return [] if off else [FastLayers(mixed=mixed)]
-
-
 def _windows(
     pairs: list, hyperparameters: dict, settings: RunSettings, how: dict[str, Any] | None = None
 ) -> WindowBatches | None:
@@ -183,3 +178,8 @@ def _windows(
     if spec.has_own_windows:
         return None
     return window_batches(pairs, **sizes, horizon=settings.horizon, is_shifted=spec.is_shifted, **(how or {}))
+
+# %% ../../nbs/models/23d_fits.ipynb #a2600501
+def _fast_layers(plan: FitPlan, settings: RunSettings) -> list[FastLayers]:
+    mixed, off = plan.device.precision == "mixed", settings.exact or plan.device.accelerator != "cpu"
+    return [] if off else [FastLayers(mixed=mixed)]
