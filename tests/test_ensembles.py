@@ -22,7 +22,7 @@ from kallos.data.tables import connect
 from kallos.evaluation.verdict import judge
 from kallos.models.base_forecasts import ensemble_settings, forecast_bases
 from kallos.models.ensembles import EnsembleMethod, align_forecasts, fit_combination
-from kallos.models.saved_ensembles import load_ensemble, load_rows
+from kallos.models.saved_ensembles import load_ensemble, load_ensemble_rows
 from kallos.models.stacked_folds import stack_folds
 from tests.study_runs import END, write_market
 
@@ -270,7 +270,7 @@ def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_al
     assert metrics["paths"][0]["n"] == len(forecasts) and set(forecasts["model"]) == {"stacking"}
     assert all(name in said for name in ("linear", "hist_gradient_boosting", "weight"))
     ensemble = load_ensemble(out / "manifest.json")
-    rows = load_rows(ensemble, f"sqlite:///{folder}/data/kallos.db", end_date=END)
+    rows = load_ensemble_rows(ensemble, f"sqlite:///{folder}/data/kallos.db", end_date=END)
     ahead = ensemble.predict(rows, n_rows=2)
     assert ahead["target_ts"].iloc[-1] == rows["BTC"].index[-1] + pd.Timedelta("1D") and ahead["y_pred"].notna().all()
 

@@ -295,7 +295,7 @@ __getattr__, __dir__, __all__ = lazy(
             "Ensemble",
             "assemble",
             "load_ensemble",
-            "load_rows",
+            "load_ensemble_rows",
             "path_deviations",
         ),
         "ensemble_training": (

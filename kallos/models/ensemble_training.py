@@ -36,7 +36,7 @@ from .cross_validation import CrossValidation, ValidationSettings, paths_of
 from .datasets import data_record, load_table
 from .ensembles import Aligned, Combination, combine, fit_combination
 from .parameters import merge_params, read_params
-from .saved_ensembles import ENSEMBLE_FILE, assemble, load_rows, path_deviations
+from .saved_ensembles import ENSEMBLE_FILE, assemble, load_ensemble_rows, path_deviations
 from .stacked_folds import StackedFolds, stack_folds
 from .trainer import train
 
@@ -125,7 +125,7 @@ def _save(settings: EnsembleSettings, combination: Combination, trained: list[Tr
 def _prove(settings: EnsembleSettings, combination: Combination, deviations: np.ndarray, db: Any) -> float:
     """The forecast after the last row; TrainingError if what is read back forecasts otherwise."""
     ensemble = assemble(settings.folder)
-    rows = load_rows(ensemble, db, end_date=settings.own.end_date)
+    rows = load_ensemble_rows(ensemble, db, end_date=settings.own.end_date)
     found = ensemble.predict(rows)
     expected = combine(Aligned(found, combination.models, deviations[None]), combination, name=settings.title)
     unit = float(rows[settings.asset_id][settings.own.target_col].std())
