@@ -216,13 +216,18 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "cross_validation": (
             "CrossValidation",
+            "FoldSettings",
             "SCHEMES",
             "ValidationSettings",
             "create_splitter",
             "cross_validate",
             "fold_key",
+            "fold_keys",
+            "keep_table",
             "paths_of",
             "run_folds",
+            "run_parts",
+            "spread_folds",
             "validation_folder",
         ),
         "tuner": (
