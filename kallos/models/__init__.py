@@ -230,6 +230,15 @@ __getattr__, __dir__, __all__ = lazy(
             "spread_folds",
             "validation_folder",
         ),
+        "importance": (
+            "ALL_FEATURES",
+            "TARGET_INPUT",
+            "fold_importance",
+            "inputs_of",
+            "move_inputs",
+            "run_importance",
+            "summarise_importance",
+        ),
         "tuner": (
             "WORK",
             "best_params",
