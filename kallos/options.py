@@ -133,6 +133,12 @@ _VALIDATION = {
     "first_train_share": _option(float, "Share of the rows before the first forecast.", "0.5"),
     "refit_every": _option(int, "Rows between two fits.", "a twentieth of the tested rows"),
 }
+_EVALUATION = {
+    "schemes": _option(str, "Cross-validations, with commas between: cv, walk-forward, cpcv.", "all three"),
+    "fee": _option(float, "Share of the traded amount, on each side; 0.001 is 10 basis points.", "0.001"),
+    "level": _option(float, "How often chance may be taken for skill.", "0.05"),
+    "importance_repeats": _option(int, "Moves of each input for its importance; 0 leaves that out.", "5"),
+}
 
 # %% ../nbs/59_options.ipynb #68e27643
 _WORKERS = {
@@ -155,7 +161,7 @@ _DASHBOARD = {
     "port": _option(int, "Port to listen at.", "8080"),
 }
 OPTIONS: dict[str, Any] = (
-    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _VALIDATION | _WORKERS | _DASHBOARD
+    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _VALIDATION | _EVALUATION | _WORKERS | _DASHBOARD
 )
 
 # %% ../nbs/59_options.ipynb #15eee451

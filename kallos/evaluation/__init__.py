@@ -94,5 +94,10 @@ __getattr__, __dir__, __all__ = lazy(
             "sentence_of",
             "write_metrics",
         ),
+        "calibration": (
+            "Calibration",
+            "mincer_zarnowitz",
+            "residual_autocorrelation",
+        ),
     },
 )

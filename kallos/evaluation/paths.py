@@ -31,10 +31,12 @@ def judge_path(
     forecasts: pd.DataFrame,  # the Forecasts table of one path
     *,
     fee: float = 0.001,  # share of the traded amount, on each side
+    level: float = 0.05,  # how often chance may be taken for skill, between 0 and 0.5
 ) -> PathVerdict:
     """The verdict on the path and what betting on it would have earned; errors as in `judge`."""
     periods = bars_per_year(forecasts["timeframe"].iloc[0]) / forecasts["horizon"].iloc[0]
-    return PathVerdict(judge(forecasts), sharpe(strategy_returns(forecasts, fee=fee), periods_per_year=periods))
+    returns = strategy_returns(forecasts, fee=fee)
+    return PathVerdict(judge(forecasts, level=level), sharpe(returns, periods_per_year=periods))
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #226d16ab
 def sentence_of(

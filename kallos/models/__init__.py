@@ -224,6 +224,7 @@ __getattr__, __dir__, __all__ = lazy(
             "fold_key",
             "fold_keys",
             "keep_table",
+            "open_validation",
             "paths_of",
             "run_folds",
             "run_parts",

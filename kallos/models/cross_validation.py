@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMES', 'FoldSettings', 'ValidationSettings', 'create_splitter', 'fold_key', 'run_parts', 'keep_table',
            'spread_folds', 'fold_keys', 'run_folds', 'paths_of', 'CrossValidation', 'validation_folder',
-           'cross_validate']
+           'open_validation', 'cross_validate']
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #cc14b535
 import json
@@ -244,6 +244,19 @@ def validation_folder(
     return settings.folder / f"{settings.model_name}_{settings.asset_id}_{settings.scheme}"
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #945f6619
+def open_validation(
+    settings: ValidationSettings,  # of the run
+    db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
+) -> tuple[ValidationSettings, dict[str, Any], pd.DataFrame, Splitter]:
+    """The settings, their precision settled, hyperparameters, rows and splitter; ConfigError or DataError if wrong."""
+    hyperparameters = read_params(settings.params_file)["hyperparameters"]
+    check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
+    check_horizon(settings.model_name, settings.horizon)
+    settings = settings.model_copy(update={"precision": choose_device(settings).precision})
+    table = load_table(settings, db)
+    return settings, hyperparameters, table, create_splitter(settings, len(table))
+
+# %% ../../nbs/models/24l_cross_validation.ipynb #5e0c88d1
 def cross_validate(
     settings: ValidationSettings,  # of the run
     *,
@@ -251,12 +264,8 @@ def cross_validate(
     progress: bool = True,  # a progress bar on standard error
 ) -> CrossValidation:
     """The forecasts of all folds, which are on disk too; ConfigError, DataError or TrainingError otherwise."""
-    hyperparameters = read_params(settings.params_file)["hyperparameters"]
-    check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
-    check_horizon(settings.model_name, settings.horizon)
-    settings = settings.model_copy(update={"precision": choose_device(settings).precision})
-    table, folder = load_table(settings, db), validation_folder(settings)
-    splitter = create_splitter(settings, len(table))
+    settings, hyperparameters, table, splitter = open_validation(settings, db)
+    folder = validation_folder(settings)
     how = {"settings": settings, "folder": folder / "folds", "progress": progress}
     forecasts = run_folds(table, splitter, hyperparameters, **how)
     keep_table(forecasts, folder / "forecasts.parquet")
