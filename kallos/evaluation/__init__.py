@@ -99,5 +99,13 @@ __getattr__, __dir__, __all__ = lazy(
             "mincer_zarnowitz",
             "residual_autocorrelation",
         ),
+        "held_out": (
+            "HeldOut",
+            "can_be_tested",
+            "load_all_rows",
+            "look_once",
+            "looks_path",
+            "record_look",
+        ),
     },
 )
