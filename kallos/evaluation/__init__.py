@@ -107,5 +107,16 @@ __getattr__, __dir__, __all__ = lazy(
             "looks_path",
             "record_look",
         ),
+        "evaluation": (
+            "Evaluation",
+            "EvaluateSettings",
+            "answers",
+            "evaluate",
+            "evaluation_folder",
+            "judge_its_search",
+            "of_scheme",
+            "path_returns",
+            "path_scores",
+        ),
     },
 )

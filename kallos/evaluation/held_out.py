@@ -43,7 +43,7 @@ def can_be_tested(
     """Whether enough rows lie after the end date."""
     return int((table.index > settings.end_date).sum()) >= max(10, 2 * settings.horizon) + settings.horizon
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #bc1e7b3c
+# %% ../../nbs/evaluation/32h_held_out.ipynb #89fbe675
 def looks_path(
     settings: FoldSettings,  # of the run
 ) -> Path:
@@ -65,7 +65,8 @@ def record_look(
             about = {"model_name": settings.model_name, "params_file": Path(settings.params_file).name}
             known = about | {"at": datetime.now(UTC).isoformat(timespec="seconds")}
             looks.append(known)
-        known |= look  # the same model may see more rows, of a database that has grown
+        ends = {name: best(look[name], known.get(name, look[name])) for name, best in (("first", min), ("last", max))}
+        known |= look | ends  # the same model may see more rows, of a database that has grown
         write_json(path, {"looks": looks})
     return [one for one in looks if one["first"] <= look["last"] and look["first"] <= one["last"]]
 
@@ -100,7 +101,7 @@ def _path(
     digest = fold_key(settings, hyperparameters, parts, fold=0, rows=fingerprint(table))
     return folder / "test" / f"{digest}_{n_epochs or 0}.parquet"
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #42d6111b
+# %% ../../nbs/evaluation/32h_held_out.ipynb #134ae2cf
 def look_once(
     settings: FoldSettings,  # of the run, its precision settled
     hyperparameters: dict[str, Any],  # of the model
@@ -113,8 +114,7 @@ def look_once(
     if not can_be_tested(table, settings):
         return None
     if MODELS[settings.model_name].is_network and n_epochs is None:
-        file = str(settings.params_file)
-        raise ConfigError("the parameters file names no n_epochs", received=file, next_step="Pass --n-epochs.")
+        raise ConfigError("the parameters file names no n_epochs", str(settings.params_file), "Pass --n-epochs.")
     path = _path(table, settings, hyperparameters, n_epochs, folder)
     if not path.exists():
         seed_everything(settings.seed)
