@@ -987,6 +987,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'kallos/evaluation/held_out.py'),
                                             'kallos.evaluation.held_out.HeldOut.is_first': ( 'evaluation/held_out.html#heldout.is_first',
                                                                                              'kallos/evaluation/held_out.py'),
+                                            'kallos.evaluation.held_out._forecast': ( 'evaluation/held_out.html#_forecast',
+                                                                                      'kallos/evaluation/held_out.py'),
                                             'kallos.evaluation.held_out._model_key': ( 'evaluation/held_out.html#_model_key',
                                                                                        'kallos/evaluation/held_out.py'),
                                             'kallos.evaluation.held_out._path': ( 'evaluation/held_out.html#_path',

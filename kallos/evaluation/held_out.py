@@ -84,7 +84,7 @@ class HeldOut:
         """Whether nobody had looked before with another model or other parameters."""
         return len(self.looks) == 1
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #2ff435f4
+# %% ../../nbs/evaluation/32h_held_out.ipynb #ae18eeb6
 _MODEL = "asset_id timeframe model_name target_col horizon feature_groups end_date seed".split()  # noqa: SIM905
 
 
@@ -101,7 +101,13 @@ def _path(
     digest = fold_key(settings, hyperparameters, parts, fold=0, rows=fingerprint(table))
     return folder / "test" / f"{digest}_{n_epochs or 0}.parquet"
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #134ae2cf
+# %% ../../nbs/evaluation/32h_held_out.ipynb #2b7b3afb
+def _forecast(table: pd.DataFrame, settings: FoldSettings, hyperparameters: dict, n_epochs: int | None, path: Path):
+    seed_everything(settings.seed)
+    how = {"hyperparameters": hyperparameters, "settings": settings, "n_epochs": n_epochs}
+    keep_table(forecast_after(table, pd.Timestamp(settings.end_date), **how).forecasts, path)
+
+# %% ../../nbs/evaluation/32h_held_out.ipynb #7091c903
 def look_once(
     settings: FoldSettings,  # of the run, its precision settled
     hyperparameters: dict[str, Any],  # of the model
@@ -117,10 +123,8 @@ def look_once(
         raise ConfigError("the parameters file names no n_epochs", str(settings.params_file), "Pass --n-epochs.")
     path = _path(table, settings, hyperparameters, n_epochs, folder)
     if not path.exists():
-        seed_everything(settings.seed)
-        how = {"hyperparameters": hyperparameters, "settings": settings, "n_epochs": n_epochs}
-        keep_table(forecast_after(table, pd.Timestamp(settings.end_date), **how).forecasts, path)
+        _forecast(table, settings, hyperparameters, n_epochs, path)
     forecasts = pd.read_parquet(path)
-    look = {"key": _model_key(settings, hyperparameters, n_epochs), "rows": len(forecasts)}
-    seen = {name: str(value) for name, value in forecasts["target_ts"].agg({"first": "min", "last": "max"}).items()}
-    return HeldOut(forecasts, record_look(settings, look | seen), path)
+    ends = {name: str(forecasts["target_ts"].agg(how)) for name, how in (("first", "min"), ("last", "max"))}
+    look = {"key": _model_key(settings, hyperparameters, n_epochs), "rows": len(forecasts)} | ends
+    return HeldOut(forecasts, record_look(settings, look), path)
