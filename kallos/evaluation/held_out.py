@@ -43,14 +43,14 @@ def can_be_tested(
     """Whether enough rows lie after the end date."""
     return int((table.index > settings.end_date).sum()) >= max(10, 2 * settings.horizon) + settings.horizon
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #89fbe675
+# %% ../../nbs/evaluation/32h_held_out.ipynb #01b3aeb6
 def looks_path(
     settings: FoldSettings,  # of the run
 ) -> Path:
     """The file that records every look at the asset's held-out rows."""
     return settings.folder / f"{settings.asset_id}_{settings.timeframe}_test_looks.json"
 
-
+# %% ../../nbs/evaluation/32h_held_out.ipynb #6aa66ecd
 def record_look(
     settings: FoldSettings,  # of the run
     look: dict[str, Any],  # key of the model, first and last (times of the rows), rows
@@ -66,11 +66,11 @@ def record_look(
             known = about | {"at": datetime.now(UTC).isoformat(timespec="seconds")}
             looks.append(known)
         ends = {name: best(look[name], known.get(name, look[name])) for name, best in (("first", min), ("last", max))}
-        known |= look | ends  # the same model may see more rows, of a database that has grown
+        known |= look | ends
         write_json(path, {"looks": looks})
     return [one for one in looks if one["first"] <= look["last"] and look["first"] <= one["last"]]
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #27886419
+# %% ../../nbs/evaluation/32h_held_out.ipynb #6cfcc0a1
 @dataclass(frozen=True)
 class HeldOut:
     """What the rows after the end date were forecast to be."""
@@ -84,7 +84,7 @@ class HeldOut:
         """Whether nobody had looked before with another model or other parameters."""
         return len(self.looks) == 1
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #ae18eeb6
+# %% ../../nbs/evaluation/32h_held_out.ipynb #a9c825eb
 _MODEL = "asset_id timeframe model_name target_col horizon feature_groups end_date seed".split()  # noqa: SIM905
 
 
@@ -101,13 +101,13 @@ def _path(
     digest = fold_key(settings, hyperparameters, parts, fold=0, rows=fingerprint(table))
     return folder / "test" / f"{digest}_{n_epochs or 0}.parquet"
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #2b7b3afb
+# %% ../../nbs/evaluation/32h_held_out.ipynb #2b16ed82
 def _forecast(table: pd.DataFrame, settings: FoldSettings, hyperparameters: dict, n_epochs: int | None, path: Path):
     seed_everything(settings.seed)
     how = {"hyperparameters": hyperparameters, "settings": settings, "n_epochs": n_epochs}
     keep_table(forecast_after(table, pd.Timestamp(settings.end_date), **how).forecasts, path)
 
-# %% ../../nbs/evaluation/32h_held_out.ipynb #7091c903
+# %% ../../nbs/evaluation/32h_held_out.ipynb #a104aa28
 def look_once(
     settings: FoldSettings,  # of the run, its precision settled
     hyperparameters: dict[str, Any],  # of the model
