@@ -96,6 +96,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "calibration": (
             "Calibration",
+            "calibration_bins",
             "mincer_zarnowitz",
             "residual_autocorrelation",
         ),
@@ -115,7 +116,6 @@ __getattr__, __dir__, __all__ = lazy(
             "evaluation_folder",
             "judge_its_search",
             "of_scheme",
-            "path_returns",
             "path_scores",
         ),
     },

@@ -122,16 +122,17 @@ def run_importance(
         keep_table(found, paths[fold])
     return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
-# %% ../../nbs/models/24m_importance.ipynb #a9e35402
+# %% ../../nbs/models/24m_importance.ipynb #2241f775
 def summarise_importance(
     found: pd.DataFrame,  # from `run_importance`
 ) -> pd.DataFrame:
-    """One row an input, the most important first: increase, share, standard_error, sd_folds, sd_repeats, folds."""
+    """One row an input, the most important first: increase and share with standard errors, sd_folds, sd_repeats."""
     rows = found.assign(increase=found["rmse_moved"] - found["rmse"], share=found["rmse_moved"] / found["rmse"] - 1)
     by_fold = rows.groupby(["input", "kind", "fold"])
     means, repeats = by_fold[["increase", "share"]].mean(), by_fold["increase"].std()
     by_input = means.groupby(level=["input", "kind"])
-    spread, folds = by_input["increase"].std(), by_input.size()
-    table = by_input.mean().assign(standard_error=spread / np.sqrt(folds), sd_folds=spread)
+    spread, folds = by_input.std(), by_input.size()
+    errors = spread.div(np.sqrt(folds), axis=0).rename(columns={"increase": "standard_error", "share": "share_error"})
+    table = by_input.mean().join(errors).assign(sd_folds=spread["increase"])
     table = table.assign(sd_repeats=repeats.groupby(level=["input", "kind"]).mean(), folds=folds)
     return table.sort_values("increase", ascending=False).reset_index()
