@@ -1,4 +1,4 @@
-"""The whole verdict on a tuned model: the page by the real command, and what it answers where nothing is to be found."""
+"""The whole verdict on a tuned model: the page by the real command, and what it answers where there is nothing."""
 
 import os
 import shutil
