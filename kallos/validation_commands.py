@@ -20,6 +20,7 @@ validation_app = typer.Typer()
 
 # %% ../nbs/59d_validation_commands.ipynb #9c6118ce
 def _run(scheme: str, given: dict[str, Any]) -> None:
+    from kallos.evaluation.figures import write_figures
     from kallos.evaluation.paths import write_metrics
     from kallos.models.cross_validation import ValidationSettings, cross_validate
     from kallos.models.parameters import merge_params
@@ -29,13 +30,15 @@ def _run(scheme: str, given: dict[str, Any]) -> None:
     merged.pop("n_epochs", None)  # an inner tail says when to stop
     settings = ValidationSettings.from_values(merged | {"scheme": scheme}, source="the options")
     run = cross_validate(settings, db=db_url)
-    _tell(run, write_metrics(run))
+    sentence = write_metrics(run)
+    _tell(run, sentence, write_figures(run))
 
 # %% ../nbs/59d_validation_commands.ipynb #64cc9a36
-def _tell(run: "CrossValidation", sentence: str) -> None:
+def _tell(run: "CrossValidation", sentence: str, pages: list[Path]) -> None:
     count, paths = run.forecasts["fold"].nunique(), len(run.paths)
     typer.echo(f"{count} folds, {len(run.forecasts):,} forecasts, {paths} path{'s' * (paths > 1)}\n{sentence}")
     files = [run.folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
+    files += pages
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
     tell_next("README, 'What is it worth?': judge the model on rows after the end date")
 

@@ -60,9 +60,16 @@ def test_the_three_commands_write_forecasts_and_a_verdict(folder):
     assert forecasts["target_ts"].is_unique and forecasts["target_ts"].max() <= pd.Timestamp(END, tz="UTC")
     metrics = read_json(out / "metrics.json")
     assert metrics["sentence"] in said and len(metrics["folds"]) == 4
-    assert metrics["paths"][0]["n"] == len(forecasts)
+    assert metrics["paths"][0]["n"] == metrics["pooled"][0]["n"] == len(forecasts)
+    assert metrics["intervals"]["learn_from"] == "others"
+    assert 0.8 < metrics["intervals"]["paths"][0]["coverage"] <= 1
+    names = {page.stem for page in (out / "figures").glob("*.html")}
+    assert names == {"skill", "paths", "residuals", "calibration", "coverage"}
+    assert (out / "figures" / "plotly.min.js").stat().st_size > 1_000_000
+    assert all(f"linear_BTC_cv/figures/{name}.html" in said for name in names)
     said = run(folder, "walk-forward", *WHAT, "--refit-every", 100, "--n-jobs", 2)
     assert "linear_BTC_walk-forward" in said
+    assert read_json(folder / "linear_BTC_walk-forward" / "metrics.json")["intervals"]["learn_from"] == "past"
     said = run(folder, "cpcv", *WHAT, "--n-groups", 5)
     assert "10 folds" in said and "4 paths" in said and "of 4 paths beat the naive forecast" in said
     assert len(read_json(folder / "linear_BTC_cpcv" / "metrics.json")["paths"]) == 4

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'PRICE_COLUMNS', 'OPTIONAL_BAR_COLUMNS', 'BAR_COLUMNS', 'BARS', 'FEATURES', 'LABELS', 'FORECAST_KEYS',
-           'FORECASTS', 'timeframe_delta', 'bars_per_year', 'length_name', 'check_table']
+           'PROBABILITIES', 'NAIVE_PROBABILITIES', 'FORECASTS', 'timeframe_delta', 'bars_per_year', 'length_name',
+           'check_table']
 
 # %% ../../nbs/core/01_schemas.ipynb #551e246c
 import pandas as pd
@@ -146,7 +147,51 @@ LABELS = pa.DataFrameSchema(
 # %% ../../nbs/core/01_schemas.ipynb #dd8769b7
 FORECAST_KEYS = ["asset_id", "timeframe", "model", "fold", "horizon", "target"]
 
+# %% ../../nbs/core/01_schemas.ipynb #007a51eb
+PROBABILITIES = ["p_down", "p_flat", "p_up"]
+NAIVE_PROBABILITIES = ["p_naive_down", "p_naive_flat", "p_naive_up"]
+_NEAR = 1e-6  # to which probabilities add up
+
+
+def _share(title: str) -> pa.Column:
+    return pa.Column("float64", pa.Check.in_range(0, 1), required=False, nullable=True, title=title)
+
+
+def _columns(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    return table.reindex(columns=names)
+
+
+def _adds_up(names: list[str]) -> pa.Check:
+    def holds(table: pd.DataFrame) -> pd.Series:
+        given = _columns(table, names)
+        return given.isna().all(axis=1) | ((given.sum(axis=1, skipna=False) - 1).abs() <= _NEAR)
+
+    return pa.Check(holds, error=f"{', '.join(names)} sum to 1")
+
+# %% ../../nbs/core/01_schemas.ipynb #b57b0dc0
+def _is_whole(table: pd.DataFrame) -> pd.Series:
+    needed = _columns(table, [*PROBABILITIES, *NAIVE_PROBABILITIES, "return_true"])
+    return (table["target"] != "label") | needed.notna().all(axis=1)
+
+
+def _is_label(table: pd.DataFrame) -> pd.Series:
+    agrees = table["y_true"].isin([-1, 0, 1])
+    for value, names in (("y_pred", PROBABILITIES), ("y_naive", NAIVE_PROBABILITIES)):
+        given = _columns(table, names)
+        agrees &= ~((table[value] - (given[names[2]] - given[names[0]])).abs() > _NEAR)
+    return (table["target"] != "label") | agrees
+
+
+_CLASSES = [
+    _adds_up(PROBABILITIES),
+    _adds_up(NAIVE_PROBABILITIES),
+    pa.Check(_is_whole, error="a label needs p_down to p_up, p_naive_down to p_naive_up and return_true"),
+    pa.Check(_is_label, error="y_true of a label is -1, 0 or 1, y_pred and y_naive are p_up - p_down"),
+]
+
 # %% ../../nbs/core/01_schemas.ipynb #e890c214
+_AFTER = pa.Check(lambda f: f["target_ts"] > f["ts"], error="a forecast is about the time after it was made")
+
 FORECASTS = pa.DataFrameSchema(
     {
         "ts": _time("when the forecast was made: the close of the last bar it saw", rising=False),
@@ -155,9 +200,10 @@ FORECASTS = pa.DataFrameSchema(
         "close_at_ts": _price("close_at_ts"),
         **{name: _number(f"{name}, in the unit of the target") for name in ("y_true", "y_pred", "y_naive")},
         **{name: _number(f"{name} of the interval", required=False) for name in ("y_lower", "y_upper")},
-        **{name: _number(f"probability: {name}", required=False) for name in ("p_down", "p_flat", "p_up")},
+        **{name: _share(f"probability: {name}") for name in (*PROBABILITIES, *NAIVE_PROBABILITIES)},
+        "return_true": _number("log return from ts to target_ts", required=False),
     },
-    checks=pa.Check(lambda f: f["target_ts"] > f["ts"], error="a forecast is about the time after it was made"),
+    checks=[_AFTER, *_CLASSES],
     unique=[*FORECAST_KEYS, "ts"],
     strict=True,
     name="forecasts",

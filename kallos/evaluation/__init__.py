@@ -11,9 +11,16 @@ __getattr__, __dir__, __all__ = lazy(
             "bootstrap_interval",
             "resample_means",
         ),
+        "conformal": (
+            "conformal_intervals",
+            "conformal_quantile",
+            "coverage",
+            "interval_calibration",
+        ),
         "verdict": (
             "DieboldMariano",
             "Verdict",
+            "compare_losses",
             "diebold_mariano",
             "judge",
         ),
@@ -83,6 +90,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "multiple_testing": (
             "SearchVerdict",
+            "bets_per_year",
             "judge_returns",
             "judge_search",
             "strategy_returns",
@@ -90,7 +98,12 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "paths": (
             "PathVerdict",
+            "judge_folds",
             "judge_path",
+            "learns_from",
+            "metrics_of",
+            "path_intervals",
+            "path_returns",
             "sentence_of",
             "write_metrics",
         ),
@@ -117,6 +130,10 @@ __getattr__, __dir__, __all__ = lazy(
             "judge_its_search",
             "of_scheme",
             "path_scores",
+        ),
+        "figures": (
+            "verdict_figures",
+            "write_figures",
         ),
     },
 )
