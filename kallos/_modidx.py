@@ -1439,6 +1439,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'kallos.models.datasets._pairs': ('models/datasets.html#_pairs', 'kallos/models/datasets.py'),
                                         'kallos.models.datasets._refuse_empty': ( 'models/datasets.html#_refuse_empty',
                                                                                   'kallos/models/datasets.py'),
+                                        'kallos.models.datasets._refuse_short': ( 'models/datasets.html#_refuse_short',
+                                                                                  'kallos/models/datasets.py'),
                                         'kallos.models.datasets._refuse_stale': ( 'models/datasets.html#_refuse_stale',
                                                                                   'kallos/models/datasets.py'),
                                         'kallos.models.datasets._series': ('models/datasets.html#_series', 'kallos/models/datasets.py'),
