@@ -46,12 +46,12 @@ def start(folder: Path, *words: object) -> subprocess.Popen:
 
 
 def run(folder: Path, *words: object, code: int = 0) -> str:
-    """What the command printed; it must leave with the code, and without a traceback."""
+    """What the command printed, or its problem; it must leave with the code, and without a traceback."""
     process = start(folder, *words)
     said, problem = process.communicate(timeout=280)
     assert process.returncode == code, said + problem
     assert "Traceback" not in problem, problem
-    return said + problem
+    return problem if code else said
 
 
 @pytest.fixture
