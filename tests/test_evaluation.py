@@ -114,8 +114,8 @@ def test_the_look_at_the_test_rows_is_on_record(page):
 
 
 @pytest.mark.slow
-def test_another_model_on_the_same_rows_is_a_second_look(page):
-    folder, _, _ = page
+def test_another_model_on_the_same_rows_is_a_second_look(page, tmp_path):
+    folder = shutil.copytree(page[0], tmp_path / "copy")
     words = ("evaluate", *WHAT, "--params-file", "linear.json", "--schemes", "cv", "--importance-repeats", 0)
     said = run(folder, *words, "--no-report")
     assert "were looked at 2 times" in said and "names no study" in said
@@ -254,6 +254,7 @@ def most(n: int, level: float = 0.05) -> int:
     return int(binom.ppf(0.975, n, level))
 
 
+@pytest.mark.slow
 def test_the_best_of_random_strategies_is_not_believed():
     found = [random_search(seed) for seed in range(40)]
     pbo = [one.selection.pbo for one in found]

@@ -112,7 +112,7 @@ def judge_its_search(
         return None, f"The search cannot be charged: {error}"
     return found, found.sentence
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #4e94346f
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #3b237775
 @dataclass(frozen=True)
 class Evaluation:
     """All that a page about a model shows."""
@@ -124,24 +124,23 @@ class Evaluation:
     verdicts: dict[str, list[PathVerdict]]  # by scheme, one a path
     held_out: HeldOut | None  # None if too few rows lie after the end date
     held_out_verdict: PathVerdict | None
-    judged: pd.DataFrame  # the Forecasts table that decides
+    judged: pd.DataFrame  # the Forecasts table that decides; of several paths the first
     calibration: Calibration  # of these forecasts
     search: SearchVerdict | None  # None if it cannot be charged
     search_sentence: str
     importance: pd.DataFrame  # a row an input; empty if it was not asked for
     folder: Path  # holds evaluation.json and manifest.json
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #a19d356f
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #1ed83413
 def _said_by(paths: list[PathVerdict]) -> str:
     return "no skill" if sentence_of(paths).startswith("No skill") else "skill"
 
 
 def _headline(
-    settings: EvaluateSettings, held: HeldOut | None, verdict: PathVerdict, verdicts: dict[str, list[PathVerdict]]
+    settings: EvaluateSettings, held: HeldOut | None, deciding: list[PathVerdict], verdicts: dict[str, list]
 ) -> str:
-    end, words = f"{settings.end_date:%Y-%m-%d}", verdict.verdict.sentence
-    answer = "Skill" if verdict.verdict.has_skill else "No skill"
-    detail = words.removeprefix("No skill: ").removesuffix(": skill.").removesuffix(".")
+    end, answer, detail = f"{settings.end_date:%Y-%m-%d}", _said_by(deciding).capitalize(), sentence_of(deciding)
+    detail = detail.removeprefix(f"{answer}: ").removesuffix(": skill.").removesuffix(".")
     begin = f"{answer} on the rows after {end}, which decide"
     if held is None:
         begin = f"{answer} before {end}; no row after it is left to decide, and these rows chose the parameters"
@@ -234,7 +233,7 @@ def _judge_all(settings: EvaluateSettings, db: Any, progress: bool) -> tuple[dic
     how = {"fee": settings.fee, "level": settings.level}
     return runs, {name: [judge_path(path, **how) for path in run.paths] for name, run in runs.items()}
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #f7dc611d
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #597b1ceb
 def evaluate(
     settings: EvaluateSettings,  # of the evaluation
     *,
@@ -247,11 +246,11 @@ def evaluate(
     held, table = _held_out(settings, db)
     fallback = next(name for name in ("walk-forward", *settings.schemes) if name in runs)
     judged = held.forecasts if held else runs[fallback].paths[0]
-    decisive = judge_path(judged, fee=settings.fee, level=settings.level)
+    deciding = [judge_path(judged, fee=settings.fee, level=settings.level)] if held else verdicts[fallback]
     search, words = judge_its_search(settings, db=db)
     found = Evaluation(
-        settings, decisive.verdict.has_skill, _headline(settings, held, decisive, verdicts), runs, verdicts,
-        held, decisive if held else None, judged, mincer_zarnowitz(judged, level=settings.level),
+        settings, _said_by(deciding) == "skill", _headline(settings, held, deciding, verdicts), runs, verdicts,
+        held, deciding[0] if held else None, judged, mincer_zarnowitz(judged, level=settings.level),
         search, words, importance, evaluation_folder(settings),
     )  # fmt: skip
     _write(found, table)
