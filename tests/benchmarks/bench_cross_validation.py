@@ -60,11 +60,11 @@ def run(settings: ValidationSettings, url: str) -> Counter:
     return spent
 
 
-def settings_of(model_name: str, folder: Path, epochs: int) -> ValidationSettings:
+def settings_of(model_name: str, folder: Path, epochs: int, patience: int = 5) -> ValidationSettings:
     """cpcv of six groups, two of them tested: fifteen fits."""
     params = write_json(folder / f"{model_name}.json", MODELS[model_name])
     what = {"asset_id": "BTC", "end_date": END, "model_name": model_name, "scheme": "cpcv", "device": "cpu"}
-    fit = {"max_epochs": epochs, "patience": epochs}
+    fit = {"max_epochs": epochs, "patience": patience}
     return ValidationSettings.from_values(what | fit | {"params_file": params, "output_path": folder / model_name})
 
 
@@ -72,14 +72,16 @@ def main() -> None:
     """Prints a line a model: seconds of the folds and beyond them, the share, and where they went."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--patience", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         url = store_market(sample_bars(timeframe="1d", seed=1), f"sqlite:///{folder}/kallos.db")
         for model_name in MODELS:
-            settings = settings_of(model_name, folder, options.epochs)
-            runs = [run(settings, url) for _ in range(options.repeats + 1)][1:]  # the first compiles and warms up
+            run(settings_of(model_name, folder, 1), url)  # compiles and warms up
+            settings = settings_of(model_name, folder, options.epochs, options.patience)
+            runs = [run(settings, url) for _ in range(options.repeats)]
             shares = [(spent["whole"] - spent["run_fold"]) / spent["run_fold"] for spent in runs]
             parts = ", ".join(f"{part} {span([spent[part] for spent in runs], 3)}" for part in PARTS[1:])
             aim = f" (aim: under {AIM:.0%})" if model_name == "gru" else ""
