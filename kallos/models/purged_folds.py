@@ -29,7 +29,7 @@ def blocks_of(
     edges = np.flatnonzero(np.diff(rows) > 1) + 1
     return [(int(block[0]), int(block[-1]) + 1) for block in np.split(rows, edges)]
 
-
+# %% ../../nbs/models/24k_purged_folds.ipynb #d92f6b18
 def _led(
     table: pd.DataFrame, train: np.ndarray, blocks: list[tuple[int, int, int]], how: dict, like: DartsFold | None = None
 ) -> list[DartsFold]:
