@@ -60,6 +60,10 @@ __getattr__, __dir__, __all__ = lazy(
             "evaluate",
             "evaluate_app",
         ),
+        "ensemble_commands": (
+            "ensemble",
+            "ensemble_app",
+        ),
         "main": (
             "app",
             "main",

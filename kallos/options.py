@@ -91,7 +91,7 @@ _TABLES = {
 _RUN = {
     "model_name": _option(str, "gru, lstm, rnn, transformer, tcn, nbeats, nhits, tide, ..., linear.", "gru"),
     "end_date": _option(str, "The last moment tuning and training may see, UTC, e.g. 2023-01-01."),
-    "target_col": _option(str, "What is forecast: log_return, close or log_close.", "log_return"),
+    "target_col": _option(str, "log_return, close or log_close; of --splits return or label.", "log_return"),
     "feature_groups": _option(str, "Features by way of scaling: JSON or a YAML file.", "as in config/train.yaml"),
     "horizon": _option(int, "Bars ahead.", "1"),
     "device": _option(str, "Where networks train: auto, cpu or cuda.", "auto"),
@@ -103,6 +103,7 @@ _RUN = {
     "growing_epochs": _flag(
         "--growing-epochs", "Begin with an eighth of the windows; every epoch takes twice as many."
     ),
+    "splits": _option(Path, "Labelled tables that `data` left; they also say asset, timeframe, features and end date."),
     "output_path": _option(Path, "Folder of the results.", "the working folder"),
     "no_report": _flag("--no-report", "Call the functions alone, no notebook."),
 }
@@ -133,11 +134,25 @@ _VALIDATION = {
     "first_train_share": _option(float, "Share of the rows before the first forecast.", "0.5"),
     "refit_every": _option(int, "Rows between two fits.", "a twentieth of the tested rows"),
 }
+
+# %% ../nbs/59_options.ipynb #f8b52d13
 _EVALUATION = {
     "schemes": _option(str, "Cross-validations, with commas between: cv, walk-forward, cpcv.", "all three"),
     "fee": _option(float, "Share of the traded amount, on each side; 0.001 is 10 basis points.", "0.001"),
     "level": _option(float, "How often chance may be taken for skill.", "0.05"),
     "importance_repeats": _option(int, "Moves of each input for its importance; 0 leaves that out.", "5"),
+}
+
+# %% ../nbs/59_options.ipynb #5c81e0da
+_ENSEMBLE = {
+    "models": _option(str, "Tuned models, with commas between; gru@ETH is one of another asset."),
+    "params_files": _option(str, "What tune wrote for each, in that order.", "{model}_{asset}_best_params.json"),
+    "method": _option(str, "How forecasts are combined: voting, stacking or blending.", "stacking"),
+    "weighting": _option(str, "Of voting: mean, median or inverse_error.", "mean"),
+    "penalty": _option(float, "Of stacking: 1 / the share of variance that a model may explain.", "100.0"),
+    "holdout_share": _option(float, "Of blending: share of the rows before the judged ones.", "0.5"),
+    "scheme": _option(str, "How the ensemble is judged: cv, walk-forward or cpcv.", "cv"),
+    "name": _option(str, "Of the ensemble.", "its method"),
 }
 
 # %% ../nbs/59_options.ipynb #68e27643
@@ -160,9 +175,8 @@ _DASHBOARD = {
     "host": _option(str, "Address to listen at.", "127.0.0.1"),
     "port": _option(int, "Port to listen at.", "8080"),
 }
-OPTIONS: dict[str, Any] = (
-    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _VALIDATION | _EVALUATION | _WORKERS | _DASHBOARD
-)
+_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE
+OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):

@@ -24,6 +24,10 @@ run_app = typer.Typer()
 def _settings(kind: str, given: dict[str, Any]) -> "RunSettings":
     from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
 
+    if "splits" in given:
+        from kallos.models.labelled import complete_from_splits
+
+        given = complete_from_splits(given)
     model, config = {"tune": TuneSettings, "train": TrainSettings}[kind], given.pop("config", None)
     if config:
         settings = settings_from_yaml(model, config, section=kind, overrides=given)
@@ -32,6 +36,13 @@ def _settings(kind: str, given: dict[str, Any]) -> "RunSettings":
     return settings if settings.output_path else settings.model_copy(update={"output_path": Path()})
 
 
+def _params_file(given: dict[str, Any]) -> Path:
+    if "params_file" not in given:
+        todo = "Name what `kallos-run tune` wrote with --params-file, or labelled tables with --splits."
+        raise ConfigError("nothing says which parameters to train with", next_step=todo)
+    return given["params_file"]
+
+# %% ../nbs/59c_run_commands.ipynb #76a645a8
 def _check_run(settings: "RunSettings", db_url: str | None) -> None:
     from kallos.data.assets import list_assets
     from kallos.data.store import read_features
@@ -39,6 +50,8 @@ def _check_run(settings: "RunSettings", db_url: str | None) -> None:
     from kallos.models.architectures import check_model_name
 
     check_model_name(settings.model_name)
+    if settings.splits:
+        return
     engine, key = connect(db_url, create=False), {"asset_id": settings.asset_id, "timeframe": settings.timeframe}
     found = list_assets(engine)
     mine = (found[list(key)] == list(key.values())).all(axis=1) & (found["features"] > 0)
@@ -62,7 +75,9 @@ def _run(kind: str, settings: "RunSettings", db_url: str | None, no_report: bool
     run_notebook(kind, settings, output=settings.folder / f"{_stem(settings)}_{kind}.ipynb", db_url=db_url)
 
 # %% ../nbs/59c_run_commands.ipynb #06a069eb
-_ALL_RUNS = "model_name asset_id end_date config timeframe target_col feature_groups horizon seed device precision"
+_ALL_RUNS = (
+    "model_name asset_id end_date splits config timeframe target_col feature_groups horizon seed device precision"
+)
 _EPOCHS = "exact train_stride max_samples_per_epoch growing_epochs"
 _TUNE = "n_trials timeout study_name optuna_schema folds val_length train_window embargo max_epochs patience"
 _WORKERS = "early_stopping_on pruner n_jobs deterministic dask_scheduler gpus"
@@ -87,21 +102,46 @@ def tune(
 # %% ../nbs/59c_run_commands.ipynb #e3ed2acd
 @command(
     run_app,
-    f"{_ALL_RUNS} params_file n_epochs {_EPOCHS} {_THE_REST}",
-    required="params_file",
+    f"{_ALL_RUNS} params_file n_epochs max_epochs patience {_EPOCHS} {_THE_REST}",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json",
     stopped="no model was replaced by half of another, and the same command starts again.",
 )
 def train(
     given: dict[str, Any],  # the options that were typed
 ) -> None:
-    """Train a model with its best parameters on all rows, save it, and prove that it can be read back."""
+    """Train a model with its best parameters on all rows, or on labelled tables, and prove that it can be read back."""
     from kallos.models.parameters import merge_params
 
+    if "splits" in given:
+        _train_on_labels(given)
+        return
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
-    settings = _settings("train", merge_params(given, given["params_file"]))
+    settings = _settings("train", merge_params(given, _params_file(given)))
     _run("train", settings, db_url, no_report)
     _tell_trained(settings, no_report)
+
+# %% ../nbs/59c_run_commands.ipynb #caea662e
+_LABELS_ONLY = ("db_url", "no_report", "n_epochs", "config")
+
+
+def _train_on_labels(given: dict[str, Any]) -> None:
+    from kallos.evaluation.verdict import judge
+    from kallos.models.label_trainer import LabelTrainSettings, train_on_labels
+    from kallos.models.labelled import complete_from_splits
+    from kallos.models.parameters import merge_params
+
+    if unused := [f"--{name.replace('_', '-')}" for name in _LABELS_ONLY if name in given]:
+        todo = "Labelled tables need no database, and a network stops by itself, at most after --max-epochs."
+        raise ConfigError(f"{', '.join(unused)} has no meaning beside --splits", next_step=todo)
+    tuned = merge_params(given, given["params_file"]) if "params_file" in given else given
+    tuned.pop("n_epochs", None)
+    run = train_on_labels(LabelTrainSettings.from_values(complete_from_splits(tuned), source="the options"))
+    flattered = " (its parameters may have been chosen by these rows)" if "params_file" in given else ""
+    typer.echo(f"On the validation rows{flattered}: {judge(run.forecasts).sentence}\n\nFiles:")
+    typer.echo("\n".join(f"  {path}" for path in sorted(run.folder.rglob("*")) if path.is_file()))
+    if "params_file" not in given:
+        again = f"--splits {shlex.quote(str(given['splits']))} --horizon {run.forecasts['horizon'].iloc[0]}"
+        tell_next(f"kallos-run tune {again} --model-name {run.forecasts['model'].iloc[0]} --n-trials 20")
 
 # %% ../nbs/59c_run_commands.ipynb #cb2e0606
 def _in_words(
@@ -110,7 +150,9 @@ def _in_words(
     """The metrics as a sentence."""
     percent = round(100 * (metrics["skill"] or 0), 1)
     verdict = ("no better", "better", "worse")[(percent > 0) - (percent < 0)]
-    said = "RMSE {rmse:,.4g} (naive {rmse_naive:,.4g}), in price {rmse_price:,.4g} (naive {rmse_price_naive:,.4g})"
+    said = "RMSE {rmse:,.4g} (naive {rmse_naive:,.4g})"
+    if metrics["rmse_price"] == metrics["rmse_price"] is not None:  # a class names no price
+        said += ", in price {rmse_price:,.4g} (naive {rmse_price_naive:,.4g})"
     return f"{said.format(**metrics)}; {percent:+.1f} % of squared error saved ({verdict} than naive)"
 
 # %% ../nbs/59c_run_commands.ipynb #6c348f4b
@@ -141,6 +183,8 @@ def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) ->
     run = {"model-name": settings.model_name, "asset-id": settings.asset_id, "params-file": file}
     run["end-date"] = f"{settings.end_date:%Y-%m-%dT%H:%M:%S}".removesuffix("T00:00:00")
     run["output-path"] = settings.folder
+    if settings.splits:
+        run = {"splits": settings.splits, "params-file": file}
     options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in run.items())
     board = f"kallos-run dashboard --folder {shlex.quote(str(settings.folder))}"
     tell_next(f"kallos-run train {options}{_same_database(db_url)}", board)

@@ -23,10 +23,11 @@ def _run(scheme: str, given: dict[str, Any]) -> None:
     from kallos.evaluation.figures import write_figures
     from kallos.evaluation.paths import write_metrics
     from kallos.models.cross_validation import ValidationSettings, cross_validate
+    from kallos.models.labelled import complete_from_splits
     from kallos.models.parameters import merge_params
 
     db_url = given.pop("db_url", None)
-    merged = merge_params({"output_path": Path()} | given, given["params_file"])
+    merged = complete_from_splits(merge_params({"output_path": Path()} | given, given["params_file"]))
     merged.pop("n_epochs", None)  # an inner tail says when to stop
     settings = ValidationSettings.from_values(merged | {"scheme": scheme}, source="the options")
     run = cross_validate(settings, db=db_url)
@@ -43,7 +44,9 @@ def _tell(run: "CrossValidation", sentence: str, pages: list[Path]) -> None:
     tell_next("kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included")
 
 # %% ../nbs/59d_validation_commands.ipynb #4b79893b
-_MODEL = "model_name asset_id end_date params_file timeframe target_col feature_groups horizon seed device precision"
+_MODEL = (
+    "model_name asset_id end_date splits params_file timeframe target_col feature_groups horizon seed device precision"
+)
 _FIT = "embargo max_epochs patience exact train_stride max_samples_per_epoch n_jobs dask_scheduler output_path db_url"
 _EXAMPLE = "--asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json"
 _STOPPED = "the folds that are done are kept, and the same command fits the rest."

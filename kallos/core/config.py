@@ -179,16 +179,30 @@ def read_yaml(
     return table
 
 # %% ../../nbs/core/02_config.ipynb #915bb111
-class RunSettings(Settings):
-    """What every run needs: data, model, target, seed and device."""
+class _Question(Settings):
+    """What is asked: whose bars, up to when, and what of them."""
 
     asset_id: Name = Field(description="instrument on one venue, as named at ingest, e.g. BTC")
     timeframe: Timeframe = Field("1d", description="length of a bar, e.g. 15m, 1h, 4h, 1d")
     end_date: Moment = Field(description="the last moment tuning and training may see, UTC")
     model_name: Name = Field("gru", description="one of kallos.models.architectures.MODELS")
-    target_col: Literal["close", "log_close", "log_return"] = Field("log_return", description="what is forecast")
+    target_col: Literal["close", "log_close", "log_return", "return", "label"] = Field(
+        "log_return", description="what is forecast; return and label are those of the tables in `splits`"
+    )
+    splits: Path | None = Field(None, description="folder of labelled tables; rows come from the database if none")
     horizon: int = Field(1, ge=1, le=500, description="bars ahead")
     feature_groups: Groups = Field(FeatureGroups(), description="features by the way in which they are scaled")
+
+    @model_validator(mode="after")
+    def _labels_come_from_tables(self) -> Self:
+        if (self.splits is None) == (self.target_col in ("return", "label")):
+            raise ValueError("return and label are the targets of the tables in `splits`, and the only ones there")
+        return self
+
+# %% ../../nbs/core/02_config.ipynb #bb289cd6
+class RunSettings(_Question):
+    """What every run needs: data, model, target, seed and device."""
+
     seed: int = Field(0, ge=0, description="makes the run repeatable")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks train")
     precision: Literal["auto", "32", "mixed", "bf16", "16"] = Field("auto", description="of a network's arithmetic")

@@ -97,6 +97,7 @@ __getattr__, __dir__, __all__ = lazy(
             "trial_returns",
         ),
         "paths": (
+            "INTERVAL_LEVEL",
             "PathVerdict",
             "judge_folds",
             "judge_path",

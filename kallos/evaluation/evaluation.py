@@ -6,14 +6,14 @@
 __all__ = ['EvaluateSettings', 'of_scheme', 'evaluation_folder', 'judge_its_search', 'Evaluation', 'answers', 'path_scores',
            'evaluate']
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #e5bc8a58
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #d189cf4b
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import optuna
 import pandas as pd
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from sqlalchemy import inspect
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #0979dd2c
@@ -44,7 +44,7 @@ from ..models.importance import run_importance, summarise_importance
 from ..models.parameters import read_params
 from ..models.storages import JOURNAL, study_storage
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #eaf84f26
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #c6848238
 def _read_schemes(value: Any) -> Any:
     """The schemes, each once, in the order of SCHEMES; ValueError on an unknown one or none."""
     given = value.split(",") if isinstance(value, str) else value
@@ -64,7 +64,13 @@ class EvaluateSettings(FoldSettings):
     importance_repeats: int = Field(5, ge=0, le=100, description="moves of each input; 0: no importance")
     optuna_schema: SchemaName = Field("optuna", description="PostgreSQL schema of the study")
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #ef7a2905
+    @model_validator(mode="after")
+    def _rows_of_the_database(self) -> Self:
+        if self.splits:
+            raise ValueError("a model of labelled tables (splits) is judged by cv, walk-forward and cpcv, not here")
+        return self
+
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #b0171e65
 def of_scheme(
     settings: EvaluateSettings,  # of the evaluation
     scheme: str,  # one of SCHEMES
@@ -80,7 +86,7 @@ def evaluation_folder(
     """The evaluation's own folder."""
     return settings.folder / f"{settings.model_name}_{settings.asset_id}_evaluation"
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #ef7a54fc
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #af97d531
 def _has_study(settings: TuneSettings, name: str, db: dict[str, Any] | str | None) -> bool:
     if to_url(db).get_backend_name() == "postgresql":
         engine = connect(db, create=False)
@@ -91,7 +97,7 @@ def _has_study(settings: TuneSettings, name: str, db: dict[str, Any] | str | Non
         there = any((settings.folder / file).is_file() for file in ("optuna.db", JOURNAL))
     return there and name in optuna.get_all_study_names(study_storage(settings, db))
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #7d812f0c
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #a8796cac
 def judge_its_search(
     settings: EvaluateSettings,  # of the evaluation
     *,
@@ -112,7 +118,7 @@ def judge_its_search(
         return None, f"The search cannot be charged: {error}"
     return found, found.sentence
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #3b237775
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #1dfe2199
 @dataclass(frozen=True)
 class Evaluation:
     """All that a page about a model shows."""
@@ -131,7 +137,7 @@ class Evaluation:
     importance: pd.DataFrame  # a row an input; empty if it was not asked for
     folder: Path  # holds evaluation.json and manifest.json
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #1ed83413
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #9a36b3b3
 def _said_by(paths: list[PathVerdict]) -> str:
     return "no skill" if sentence_of(paths).startswith("No skill") else "skill"
 
@@ -151,7 +157,7 @@ def _headline(
     others = ", ".join(f"{scheme} {_said_by(paths)}" for scheme, paths in verdicts.items())
     return f"{begin}: {detail[0].lower()}{detail[1:]}. The rows before {end}: {others}."
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #367bd80e
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #af45d4cf
 def _row(name: str, paths: list[PathVerdict]) -> dict[str, Any]:
     one = pd.DataFrame([asdict(path.verdict) | {"sharpe": path.sharpe} for path in paths])
     columns = ["n", "rmse_naive", "rmse", "skill", "skill_lower", "skill_upper", "p_value", "sharpe"]
@@ -167,7 +173,7 @@ def answers(
     rows = [_row(name, paths) for name, paths in (held | evaluation.verdicts).items()]
     return pd.DataFrame(rows).set_index("rows")
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #86839afd
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #e8a093fd
 def path_scores(
     verdicts: list[PathVerdict],  # of one scheme
 ) -> pd.DataFrame:
@@ -176,7 +182,7 @@ def path_scores(
     rows = [{name: getattr(one.verdict, name) for name in kept} | {"sharpe": one.sharpe} for one in verdicts]
     return pd.DataFrame(rows).rename_axis("path").reset_index()
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #168c0f23
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #3b491f0a
 def _importance(settings: EvaluateSettings, db: Any, progress: bool) -> pd.DataFrame:
     if not settings.importance_repeats:
         return pd.DataFrame()
@@ -193,7 +199,7 @@ def _held_out(settings: EvaluateSettings, db: Any) -> tuple[HeldOut | None, pd.D
     folder, how = evaluation_folder(settings), {"table": table, "n_epochs": settings.n_epochs}
     return look_once(scheme, hyperparameters, folder=folder, **how), table
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #81561b7d
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #4e6fc750
 def _record(evaluation: Evaluation) -> dict[str, Any]:
     e, held = evaluation, evaluation.held_out
     search = e.search and {
@@ -211,7 +217,7 @@ def _record(evaluation: Evaluation) -> dict[str, Any]:
         "importance": e.importance.to_dict("records"),
     }  # fmt: skip
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #be882ea4
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #b9eef085
 def _write(evaluation: Evaluation, table: pd.DataFrame) -> None:
     e, folder = evaluation, evaluation.folder
     kept = [write_json(folder / "evaluation.json", _record(e))]
@@ -224,7 +230,7 @@ def _write(evaluation: Evaluation, table: pd.DataFrame) -> None:
     about = {"settings": as_parameters(e.settings) | used, "seed": e.settings.seed, "data": data_record(table)}
     write_manifest(folder / "manifest.json", "evaluate", **about, artifacts=kept, results=results)
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #5e525887
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #c9314635
 def _judge_all(settings: EvaluateSettings, db: Any, progress: bool) -> tuple[dict, dict]:
     """The runs and the verdicts, by scheme."""
     runs = {name: cross_validate(of_scheme(settings, name), db=db, progress=progress) for name in settings.schemes}
@@ -233,7 +239,7 @@ def _judge_all(settings: EvaluateSettings, db: Any, progress: bool) -> tuple[dic
     how = {"fee": settings.fee, "level": settings.level}
     return runs, {name: [judge_path(path, **how) for path in run.paths] for name, run in runs.items()}
 
-# %% ../../nbs/evaluation/33b_evaluation.ipynb #597b1ceb
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #2934464a
 def evaluate(
     settings: EvaluateSettings,  # of the evaluation
     *,

@@ -16,7 +16,7 @@ from ..core.classification import calibration_table
 from ..core.runs import atomic_write
 from ..core.verdict_plots import plot_calibration, plot_coverage, plot_paths, plot_residuals, plot_skill
 from .conformal import coverage, interval_calibration
-from .paths import judge_folds, learns_from, path_intervals, path_returns
+from .paths import INTERVAL_LEVEL, judge_folds, learns_from, path_intervals, path_returns
 from ..models.cross_validation import CrossValidation
 
 # %% ../../nbs/evaluation/32e_figures.ipynb #e8032c8b
@@ -39,16 +39,13 @@ def _of_labels(path: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def _of_numbers(run: CrossValidation, path: pd.DataFrame) -> dict[str, go.Figure]:
-    covered = coverage(pd.concat(path_intervals(run, level=_LEVEL)), by=["fold"])
+    covered = coverage(pd.concat(path_intervals(run, level=INTERVAL_LEVEL)), by=["fold"])
     levels = interval_calibration(path, learn_from=learns_from(run))
     return {
         "residuals": plot_residuals(path),
         "calibration": plot_calibration({"intervals": levels}),
-        "coverage": plot_coverage(covered, level=_LEVEL),
+        "coverage": plot_coverage(covered, level=INTERVAL_LEVEL),
     }
-
-
-_LEVEL = 0.9
 
 # %% ../../nbs/evaluation/32e_figures.ipynb #28989281
 def write_figures(

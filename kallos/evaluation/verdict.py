@@ -114,11 +114,11 @@ def _losses(rows: pd.DataFrame) -> np.ndarray:
     return np.square(np.column_stack([truth - rows[name].to_numpy() for name in ("y_pred", "y_naive")]))
 
 
-def _interval(losses: np.ndarray, horizon: int, level: float) -> Interval:
+def _interval(losses: np.ndarray, horizon: int, level: float, most: int) -> Interval:
     if not losses[:, 1].any():
         return Interval(math.nan, math.nan, math.nan, float(horizon))
     length = block_length(losses[:, 0] - losses[:, 1], horizon=horizon)
-    drawn = int(np.clip(_MOST_BLOCKS * length / len(losses), 1_000, 10_000))
+    drawn = int(np.clip(_MOST_BLOCKS * length / len(losses), 1_000, max(1_000, most)))
     how = {"block_length": length, "level": max(0.0, 1 - 2 * level), "n_resamples": drawn}
     return bootstrap_interval(losses, lambda means: 1 - means[..., 0] / means[..., 1], **how)
 
@@ -127,11 +127,12 @@ def judge(
     forecasts: pd.DataFrame,  # a Forecasts table of one model, asset, timeframe, horizon and target; any folds
     *,
     level: float = 0.05,  # how often chance may be taken for skill, between 0 and 0.5
+    n_resamples: int = 10_000,  # histories drawn for the interval at the most; fewer than 1,000 are not
 ) -> Verdict:
     """The verdict on a model's forecasts; DataError if they mix models, repeat a time or are too few."""
     rows = _in_order(forecasts)
     losses, horizon, is_label = _losses(rows), int(rows["horizon"].iloc[0]), rows["target"].iloc[0] == "label"
-    test, saved = compare_losses(*losses.T, horizon=horizon), _interval(losses, horizon, level)
+    test, saved = compare_losses(*losses.T, horizon=horizon), _interval(losses, horizon, level, n_resamples)
     found, nothing = test.p_value < level and saved.lower > 0, (math.nan, math.nan)
     if is_label:
         scores, worth = losses.mean(axis=0).tolist(), saved.estimate

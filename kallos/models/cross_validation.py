@@ -28,11 +28,13 @@ from tqdm import tqdm
 from ..core.config import RunSettings, Workers, as_parameters
 from ..core.errors import ConfigError
 from ..core.runs import atomic_write, fingerprint, package_versions, seed_everything, write_manifest
+from ..core.schemas import timeframe_delta
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold, path_folds
 from ..data.splits import Splitter, WalkForwardSplit
-from .architectures import check_horizon, check_hyperparameters, choose_device
-from .datasets import DartsFold, data_record, load_table
+from .architectures import check_hyperparameters, check_model, choose_device
+from .datasets import DartsFold, data_record
 from .fits import FitPlan
+from .labelled import load_rows
 from .parameters import read_params
 from .purged_folds import fold_from_parts
 from .validation import FoldResult, run_fold
@@ -223,7 +225,8 @@ def paths_of(
     """The Forecasts table of each path."""
     if not isinstance(splitter, CombinatorialPurgedCV):
         return [forecasts]
-    row, fold = ts.get_indexer(forecasts["target_ts"]), forecasts["fold"].to_numpy()
+    ahead = forecasts["horizon"].iloc[0] * timeframe_delta(forecasts["timeframe"].iloc[0])
+    row, fold = ts.get_indexer(forecasts["ts"] + ahead), forecasts["fold"].to_numpy()
     return [forecasts[folds[row] == fold].reset_index(drop=True) for folds in path_folds(splitter, ts)]
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #8797248e
@@ -251,9 +254,9 @@ def open_validation(
     """The settings, their precision settled, hyperparameters, rows and splitter; ConfigError or DataError if wrong."""
     hyperparameters = read_params(settings.params_file)["hyperparameters"]
     check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
-    check_horizon(settings.model_name, settings.horizon)
+    check_model(settings)
     settings = settings.model_copy(update={"precision": choose_device(settings).precision})
-    table = load_table(settings, db)
+    table = load_rows(settings, db)
     return settings, hyperparameters, table, create_splitter(settings, len(table))
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #5e0c88d1

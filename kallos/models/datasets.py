@@ -8,7 +8,7 @@ __all__ = ['TARGETS', 'VALIDATION_SHARE', 'load_features_from_db', 'add_target',
 
 # %% ../../nbs/models/21_datasets.ipynb #89ae94bd
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -176,6 +176,7 @@ class DartsFold:
     transformer: FeatureTransformer  # fitted on the training rows
     truth: pd.DataFrame  # close and target, unscaled, of the validation rows and the rows before them
     stop: list[tuple[TimeSeries, TimeSeries]] | None = None  # as `val`, for early stopping; None: `val` itself
+    weights: list[TimeSeries] | None = None  # sample weights beside the targets of `train`; None: all alike
 
 # %% ../../nbs/models/21_datasets.ipynb #7592b721
 def prepare_darts_timeseries(
@@ -199,7 +200,7 @@ def prepare_darts_timeseries(
     train = like.train if like else _long_enough(to_pairs(train_df), shortest)
     val = _long_enough([_lead(pair, val_df.index[0], shortest - 1) for pair in to_pairs(around)], shortest)
     _refuse_short(fold, shortest, training=(train_df, train), validation=(val_df, val))
-    return DartsFold(fold, train, val, lookback, transformer, around[list({"close": 0, target_col: 0})])
+    return _labelled(DartsFold(fold, train, val, lookback, transformer, around), train_df, target_col)
 
 # %% ../../nbs/models/21_datasets.ipynb #f1d0a2c4
 def _refuse_short(fold: int, shortest: int, **sides: tuple[pd.DataFrame, list]) -> None:
@@ -235,6 +236,22 @@ def _pair(part: pd.DataFrame, target_col: str, features: list[str], timeframe: s
 
 def _series(times: pd.DatetimeIndex, values: pd.DataFrame) -> TimeSeries:
     return TimeSeries(times, values.to_numpy("float32"), components=list(values.columns))
+
+# %% ../../nbs/models/21_datasets.ipynb #9240d473
+def _labelled(fold: DartsFold, train_df: pd.DataFrame, target_col: str) -> DartsFold:
+    def column(name: str, rows: pd.DataFrame, beside: TimeSeries) -> TimeSeries:
+        return _series(beside.time_index, rows.loc[beside.time_index.tz_localize("UTC"), [name]])
+
+    known = dict.fromkeys(["close", target_col, "t1", "return_true"])
+    fold = replace(fold, truth=fold.truth[[name for name in known if name in fold.truth]])
+    if "sample_weight" not in train_df:
+        return fold
+    fold = replace(fold, weights=[column("sample_weight", train_df, target) for target, _ in fold.train])
+    if target_col != "label":
+        return fold
+    sides = {"train": (fold.train, train_df), "val": (fold.val, fold.truth)}
+    plain = {name: [(column("label", rows, t), f) for t, f in pairs] for name, (pairs, rows) in sides.items()}
+    return replace(fold, **plain)
 
 # %% ../../nbs/models/21_datasets.ipynb #8f07b83f
 def _long_enough(pairs: list[tuple[TimeSeries, TimeSeries]], rows: int) -> list[tuple[TimeSeries, TimeSeries]]:

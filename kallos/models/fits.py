@@ -99,8 +99,9 @@ def fit_fold(
             model, recorder = _fit_network(fold, hyperparameters, settings, replace(plan, device=device), seed)
             history, best = pd.DataFrame(recorder.rows), recorder.best_epoch or len(recorder.rows)
         else:
-            model = create_model(settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed)
-            model.fit(**_sides(fold.train))
+            how = {"horizon": settings.horizon, "direct": bool(settings.splits), "seed": seed}
+            model = create_model(settings.model_name, hyperparameters, **how)
+            model.fit(**_sides(fold.train), sample_weight=fold.weights)
             return Fit(model, pd.DataFrame(columns=list(_LOSSES)), None, None, own_clock() - begun)
     return Fit(model, history, best, recorder.last_weights, own_clock() - begun)
 
@@ -133,7 +134,7 @@ def _stopping_side(fold: DartsFold, hyperparameters: dict, settings: RunSettings
 
 # %% ../../nbs/models/23d_fits.ipynb #3c326b4c
 def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, plan: FitPlan, seed: int):
-    windows = _windows(fold.train, hyperparameters, settings, bounds=_bounds(settings) | {"seed": seed})
+    windows = _windows(fold.train, hyperparameters, settings, _draw(fold, settings, seed))
 
     def on_epoch(row: dict[str, float]) -> None:
         if windows:
@@ -143,18 +144,18 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
 
     recorder = BestWeights(on_epoch)
     stop = [EarlyStopping("val_loss", patience=plan.patience)] if plan.patience else []
-    mixed = plan.device.precision == "mixed"
-    fast = [] if settings.exact or plan.device.accelerator != "cpu" else [FastLayers(mixed=mixed)]
     model = create_model(
         settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed, n_epochs=plan.n_epochs,
-        device=plan.device, callbacks=[nan_guard(), recorder, *stop, *fast], reload=settings.growing_epochs,
+        device=plan.device, reload=settings.growing_epochs,
+        callbacks=[nan_guard(), recorder, *stop, *_fast_layers(plan, settings)],
     )  # fmt: skip
     val = _stopping_side(fold, hyperparameters, settings) if plan.patience else []
     if windows is None:
-        model.fit(**_sides(fold.train), **(_sides(val, "val_") if val else {}), verbose=False)
+        sides = _sides(fold.train) | (_sides(val, "val_") if val else {})
+        model.fit(**sides, sample_weight=fold.weights, verbose=False)
     else:
-        val_windows = _windows(val, hyperparameters, settings) if val else None
-        model.fit_from_dataset(windows, val_windows, dataloader_kwargs=dict(LOADER), verbose=False)
+        beside = _windows(val, hyperparameters, settings) if val else None
+        model.fit_from_dataset(windows, beside, dataloader_kwargs=dict(LOADER), verbose=False)
     return model, recorder
 
 # %% ../../nbs/models/23d_fits.ipynb #968ab58b
@@ -167,10 +168,19 @@ def _bounds(settings: RunSettings) -> dict[str, Any]:
     return {"stride": settings.train_stride, "most": most, "growing": growing}
 
 
+def _draw(fold: DartsFold, settings: RunSettings, seed: int) -> dict[str, Any]:
+    return _bounds(settings) | {"seed": seed, "weights": fold.weights}
+
+
+def _fast_layers(plan: FitPlan, settings: RunSettings) -> list[FastLayers]:
+    mixed, off = plan.device.precision == "mixed", settings.exact or plan.device.accelerator != "cpu"
+    return [] if off else [FastLayers(mixed=mixed)]
+
+
 def _windows(
-    pairs: list, hyperparameters: dict, settings: RunSettings, *, bounds: dict[str, Any] | None = None
+    pairs: list, hyperparameters: dict, settings: RunSettings, how: dict[str, Any] | None = None
 ) -> WindowBatches | None:
     spec, sizes = MODELS[settings.model_name], {"input_chunk_length": hyperparameters["input_chunk_length"]}
     if spec.has_own_windows:
         return None
-    return window_batches(pairs, **sizes, horizon=settings.horizon, is_shifted=spec.is_shifted, **(bounds or {}))
+    return window_batches(pairs, **sizes, horizon=settings.horizon, is_shifted=spec.is_shifted, **(how or {}))

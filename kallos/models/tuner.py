@@ -30,12 +30,14 @@ from ..core.runs import seed_everything, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
 from ..data.database import to_url
 from . import studies
-from .architectures import MODELS, check_horizon, choose_device, suggest_hyperparameters
+from .architectures import MODELS, check_model, choose_device, suggest_hyperparameters
 from .budget import Pulse, Stopped, best_trial, finished_trials, is_open, run_budget
 from .crews import n_workers, run_elsewhere
-from .datasets import DartsFold, data_record, load_table, warn_without_test
+from .datasets import DartsFold, data_record, warn_without_test
 from .fits import FitPlan
 from .helpers import Helpers, lend_a_hand, trial_seed
+from .label_forecasts import fold_score, naive_forecasts
+from .labelled import load_rows
 from .layouts import study_identity, study_layout
 from .progress import Progress
 from .pruning import Judge, create_pruner
@@ -54,7 +56,7 @@ def objective(
     judge: Judge | None = None,  # says whether the trial should end; one by the trial's own study if None
     others: Others | None = None,  # who may help with folds that advance side by side
 ) -> float:
-    """The mean over folds of the RMSE in scaled units; TrainingError, kept with the trial, if a fit fails."""
+    """The mean over folds of their scores; TrainingError, kept with the trial, if a fit fails."""
     hyperparameters = suggest_hyperparameters(trial, settings.model_name)
     how = {"settings": settings, "plan": plan or fit_plan(settings), "seed": trial_seed(settings, trial)}
     run = partial(_by_epochs, others) if _are_in_turns(settings) else _by_folds
@@ -124,8 +126,7 @@ def replay(
 def _keep(trial: BaseTrial, results: list[FoldResult], folds: list[DartsFold]) -> None:
     forecasts = pd.concat([result.forecasts for result in results], ignore_index=True)
     by_fold = score_forecasts(forecasts, by=["fold"])
-    scale = np.array([float(fold.transformer.target_scaler.scale_[0]) for fold in folds])
-    naive = by_fold["rmse_naive"].to_numpy() / scale
+    naive = np.array([fold_score(f, naive_forecasts(r.forecasts)) for f, r in zip(folds, results, strict=True)])
     scores, last = (np.array([getattr(result, name) for result in results]) for name in ("score", "score_last"))
     epochs = [result.fit.best_epoch for result in results]
     kept = {
@@ -190,7 +191,7 @@ def work(
     s = settings if isinstance(settings, TuneSettings) else TuneSettings.from_values(settings)
     seed_everything(s.seed)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    table = outlast(partial(load_table, s, db))
+    table = outlast(partial(load_rows, s, db))
     study, store = outlast(partial(_open, s, db, table)), outlast(partial(studies.artifact_store, s, db))
     prepare = partial(prepare_fold, table, settings=s, early_stopping_on=s.early_stopping_on)
     folds, plan = [prepare(bounds) for bounds in study_layout(table, s)], fit_plan(s, threads)
@@ -233,8 +234,8 @@ def tune(
     progress: bool = True,  # a progress bar on standard error
 ) -> optuna.Study:
     """The study with its budget spent; the best parameters are written to the settings' folder."""
-    check_horizon(settings.model_name, settings.horizon)
-    table = load_table(settings, db)
+    check_model(settings)
+    table = load_rows(settings, db)
     warn_without_test(table, settings)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with stop_on_signal() as is_stopping, _home(settings, db):

@@ -22,13 +22,13 @@ from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput, To
 from ..core.config import RunSettings
 from ..core.devices import limit_threads
 from ..core.errors import TrainingError
-from ..core.metrics import rmse
 from ..core.runs import derive_seed
 from ..core.schemas import FORECASTS, check_table, timeframe_delta
 from ..data.splits import FoldBounds, date_bounds
 from .architectures import MODELS, longest_input
 from .datasets import DartsFold, prepare_darts_timeseries
 from .fits import Fit, FitPlan, Weights, fit_fold, trim
+from .label_forecasts import direct_forecasts, fold_score, label_table
 from .preprocessing import inverse_target
 from .turns import own_clock
 from .windows import window_batches
@@ -89,12 +89,17 @@ def forecast_fold(
 ) -> pd.DataFrame:
     """The Forecasts table of the fold's validation rows; TrainingError if the model returns NaN or infinity."""
     pairs, spec = trim(fold.val, fold.lookback - input_chunk_length), MODELS[settings.model_name]
+    if settings.splits and not spec.is_network:
+        times, found = direct_forecasts(model, pairs, classes=spec.is_classifier)
+        found = found if spec.is_classifier else _unscale(fold, found, 1)
+        return label_table(fold, settings, times.tz_localize("UTC"), found)
     paths_of = _network_paths if spec.is_network and not spec.has_own_windows else _darts_paths
     times, paths = paths_of(model, pairs, input_chunk_length, settings.horizon)
     summed = settings.target_col == "log_return" and settings.horizon > 1
     scaled = paths.sum(axis=1) if summed else paths[:, -1]
     y_pred = _unscale(fold, scaled, settings.horizon if summed else 1)
-    return _forecast_table(fold, settings, times.tz_localize("UTC"), y_pred)
+    make = label_table if settings.splits else _forecast_table
+    return make(fold, settings, times.tz_localize("UTC"), y_pred)
 
 # %% ../../nbs/models/24_validation.ipynb #2b8963b8
 Paths = tuple[pd.DatetimeIndex, np.ndarray]  # time of the last step, (forecasts, horizon) scaled values
@@ -163,7 +168,7 @@ class FoldResult:
     """What one fold gave."""
 
     fold: int
-    score: float  # RMSE in the fold's scaled units, by the weights of the best epoch
+    score: float  # RMSE in scaled units, or the root of the Brier score, by the weights of the best epoch
     score_last: float  # the same by the weights of the last epoch; equal to `score` for models without epochs
     forecasts: pd.DataFrame  # the Forecasts table
     fit: Fit
@@ -186,9 +191,7 @@ def run_fold(
         forecasts = forecast()
         with _weights_of(fit.model, fit.last_weights):
             last = forecasts if fit.best_epoch == len(fit.history) or fit.last_weights is None else forecast()
-    scores = [
-        rmse(f["y_true"], f["y_pred"]) / float(fold.transformer.target_scaler.scale_[0]) for f in (forecasts, last)
-    ]
+    scores = [fold_score(fold, table) for table in (forecasts, last)]
     return FoldResult(fold.fold, *scores, forecasts, fit, own_clock() - begun)
 
 # %% ../../nbs/models/24_validation.ipynb #f14f68a7

@@ -50,11 +50,15 @@ def _first_rows(lengths: list[int], size: int, n_numbers: int) -> np.ndarray:
 class _Windows(ShiftedTorchTrainingDataset):
     """darts' own dataset of the windows, with the rows of all segments below one another."""
 
-    def __init__(self, pairs: Pairs, *, input_chunk_length: int, horizon: int, is_shifted: bool, draw: dict[str, Any]):
+    def __init__(
+        self, pairs: Pairs, *, input_chunk_length: int, horizon: int, is_shifted: bool, draw: dict[str, Any],
+        weights: Sequence[TimeSeries] | None,
+    ):  # fmt: skip
         shift, output = (horizon, input_chunk_length) if is_shifted else (input_chunk_length, horizon)
         sides = [[pair[side] for pair in pairs] for side in (0, 1)]
         chunks = {"input_chunk_length": input_chunk_length, "output_chunk_length": output}
-        super().__init__(*sides, shift=shift, **chunks)
+        super().__init__(*sides, shift=shift, sample_weight=weights, **chunks)
+        self._weight = None if weights is None else np.concatenate([one.values(copy=False) for one in weights])
         self._target, self._features = (np.concatenate([one.values(copy=False) for one in side]) for side in sides)
         lengths = [len(target) for target in sides[0]]
         self._first = _first_rows(lengths, self.size_of_both_chunks, self.max_samples_per_ts)
@@ -83,7 +87,8 @@ class WindowBatches(_Windows):
         future = first + self.shift + np.arange(self.output_chunk_length)
         rows = (self._target[past], self._features[past], self._target[future])
         past_target, past_covariates, future_target = map(torch.from_numpy, rows)
-        return TorchTrainingBatch(past_target, past_covariates, future_target=future_target)
+        weight = None if self._weight is None else torch.from_numpy(self._weight[future])
+        return TorchTrainingBatch(past_target, past_covariates, sample_weight=weight, future_target=future_target)
 
 # %% ../../nbs/models/22b_windows.ipynb #ac9c40fb
 def window_batches(
@@ -92,11 +97,12 @@ def window_batches(
     input_chunk_length: int,  # rows of the input
     horizon: int,  # rows that are forecast
     is_shifted: bool = False,  # the output is the input window moved on by the horizon, as a TCN's
+    weights: Sequence[TimeSeries] | None = None,  # sample weights beside the targets; all alike if None
     **draw: Any,  # which windows an epoch takes: stride, most, growing and seed, as in `EpochDraw`
 ) -> WindowBatches:
     """The batches of all windows of the segments."""
     chunks = {"input_chunk_length": input_chunk_length, "horizon": horizon, "is_shifted": is_shifted}
-    return WindowBatches(pairs, **chunks, draw=draw)
+    return WindowBatches(pairs, **chunks, draw=draw, weights=weights)
 
 # %% ../../nbs/models/22b_windows.ipynb #f933779f
 def as_it_is(

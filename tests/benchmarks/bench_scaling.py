@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("workers", "cost"), default=["workers", "cost"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1_000, 2_200, 15_000, LONG], help="bars of the table")
     parser.add_argument("--cost-folds", nargs="+", type=int, default=[3, 5, 10], help="folds of the table")
-    parser.add_argument("--cost-epochs", type=int, default=2)
+    parser.add_argument("--cost-epochs", type=int, default=1)
     parser.add_argument("--most", type=int, default=4096, help="windows an epoch in the longest series' last line")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
