@@ -142,11 +142,10 @@ def _fit_network(fold: DartsFold, hyperparameters: dict, settings: RunSettings, 
         if plan.on_epoch:
             plan.on_epoch(fold.fold, row)
 
-    recorder = BestWeights(on_epoch)
+    recorder, how = BestWeights(on_epoch), {"horizon": settings.horizon, "seed": seed, "n_epochs": plan.n_epochs}
     stop = [EarlyStopping("val_loss", patience=plan.patience)] if plan.patience else []
     model = create_model(
-        settings.model_name, hyperparameters, horizon=settings.horizon, seed=seed, n_epochs=plan.n_epochs,
-        device=plan.device, reload=settings.growing_epochs,
+        settings.model_name, hyperparameters, **how, device=plan.device, reload=settings.growing_epochs,
         callbacks=[nan_guard(), recorder, *stop, *_fast_layers(plan, settings)],
     )  # fmt: skip
     val = _stopping_side(fold, hyperparameters, settings) if plan.patience else []
@@ -172,11 +171,6 @@ def _draw(fold: DartsFold, settings: RunSettings, seed: int) -> dict[str, Any]:
     return _bounds(settings) | {"seed": seed, "weights": fold.weights}
 
 
-def _fast_layers(plan: FitPlan, settings: RunSettings) -> list[FastLayers]:
-    mixed, off = plan.device.precision == "mixed", settings.exact or plan.device.accelerator != "cpu"
-    return [] if off else [FastLayers(mixed=mixed)]
-
-
 def _windows(
     pairs: list, hyperparameters: dict, settings: RunSettings, how: dict[str, Any] | None = None
 ) -> WindowBatches | None:
@@ -184,3 +178,8 @@ def _windows(
     if spec.has_own_windows:
         return None
     return window_batches(pairs, **sizes, horizon=settings.horizon, is_shifted=spec.is_shifted, **(how or {}))
+
+# %% ../../nbs/models/23d_fits.ipynb #a2600501
+def _fast_layers(plan: FitPlan, settings: RunSettings) -> list[FastLayers]:
+    mixed, off = plan.device.precision == "mixed", settings.exact or plan.device.accelerator != "cpu"
+    return [] if off else [FastLayers(mixed=mixed)]
