@@ -35,6 +35,7 @@ RUNTIME = [
     "rich",
     "scikit-learn",
     "SQLAlchemy>=2.0",
+    "statsmodels",
     "TA-Lib",
     "torch",
     "tqdm",

@@ -56,6 +56,10 @@ __getattr__, __dir__, __all__ = lazy(
             "validation_app",
             "walk_forward",
         ),
+        "evaluate_commands": (
+            "evaluate",
+            "evaluate_app",
+        ),
         "ensemble_commands": (
             "ensemble",
             "ensemble_app",

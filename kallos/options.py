@@ -135,6 +135,14 @@ _VALIDATION = {
     "refit_every": _option(int, "Rows between two fits.", "a twentieth of the tested rows"),
 }
 
+# %% ../nbs/59_options.ipynb #f8b52d13
+_EVALUATION = {
+    "schemes": _option(str, "Cross-validations, with commas between: cv, walk-forward, cpcv.", "all three"),
+    "fee": _option(float, "Share of the traded amount, on each side; 0.001 is 10 basis points.", "0.001"),
+    "level": _option(float, "How often chance may be taken for skill.", "0.05"),
+    "importance_repeats": _option(int, "Moves of each input for its importance; 0 leaves that out.", "5"),
+}
+
 # %% ../nbs/59_options.ipynb #5c81e0da
 _ENSEMBLE = {
     "models": _option(str, "Tuned models, with commas between; gru@ETH is one of another asset."),
@@ -167,9 +175,8 @@ _DASHBOARD = {
     "host": _option(str, "Address to listen at.", "127.0.0.1"),
     "port": _option(int, "Port to listen at.", "8080"),
 }
-OPTIONS: dict[str, Any] = (
-    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _VALIDATION | _ENSEMBLE | _WORKERS | _DASHBOARD
-)
+_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE
+OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):

@@ -197,7 +197,7 @@ def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
         typer.echo(f"As tuned: {_in_words(metrics)}")
     reports = () if no_report else ("*_train.ipynb", "*_train.html")
     _tell_files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
-    tell_next("README, 'What is it worth?': judge the model on rows after the end date")
+    tell_next("kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included")
 
 # %% ../nbs/59c_run_commands.ipynb #6a37e0c9
 def _study_file(folder: Path) -> tuple[Any, Any]:

@@ -41,7 +41,7 @@ def _tell(run: "CrossValidation", sentence: str, pages: list[Path]) -> None:
     files = [run.folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
     files += pages
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
-    tell_next("README, 'What is it worth?': judge the model on rows after the end date")
+    tell_next("kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included")
 
 # %% ../nbs/59d_validation_commands.ipynb #4b79893b
 _MODEL = (

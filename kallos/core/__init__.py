@@ -132,6 +132,11 @@ __getattr__, __dir__, __all__ = lazy(
             "plot_learning_curves",
             "plot_logits",
         ),
+        "evaluation_plots": (
+            "plot_autocorrelation",
+            "plot_importance",
+            "plot_said_and_came",
+        ),
         "verdict_plots": (
             "MOST_LINES",
             "plot_calibration",

@@ -19,7 +19,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import distributions
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from secrets import token_hex
 from typing import IO, TYPE_CHECKING
@@ -200,10 +201,17 @@ def git_state(
         return None
 
 # %% ../../nbs/core/03_runs.ipynb #5abc735a
+@cache
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def package_versions() -> dict[str, str]:
     """The installed version of every package that a run's numbers can depend on."""
-    installed = {item.name: item.version for item in distributions()}
-    return {name: installed[name] for name in PACKAGES if name in installed}
+    return {name: found for name in PACKAGES if (found := _installed(name))}
 
 # %% ../../nbs/core/03_runs.ipynb #6997e833
 def _processor() -> str | None:

@@ -36,10 +36,11 @@ def judge_path(
     forecasts: pd.DataFrame,  # the Forecasts table of one path
     *,
     fee: float = 0.001,  # share of the traded amount, on each side
+    level: float = 0.05,  # how often chance may be taken for skill, between 0 and 0.5
 ) -> PathVerdict:
     """The verdict on the path and what betting on it would have earned; errors as in `judge`."""
     earned, periods = strategy_returns(forecasts, fee=fee), bets_per_year(forecasts)
-    return PathVerdict(judge(forecasts), sharpe(earned, periods_per_year=periods))
+    return PathVerdict(judge(forecasts, level=level), sharpe(earned, periods_per_year=periods))
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #95378a88
 def path_returns(

@@ -9,6 +9,7 @@ __all__ = ['TARGETS', 'VALIDATION_SHARE', 'load_features_from_db', 'add_target',
 # %% ../../nbs/models/21_datasets.ipynb #89ae94bd
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -189,19 +190,24 @@ def prepare_darts_timeseries(
     horizon: int = 1,  # bars ahead
     context_df: pd.DataFrame | None = None,  # rows just before val_df, inputs only; none if None
     fold: int = 0,  # the fold's number
+    like: DartsFold | None = None,  # of the same training rows: its scaler and training series are taken
 ) -> DartsFold:
     """The fold as scaled series; DataError if no stretch of one side is long enough for a forecast."""
     groups, shortest = read_feature_groups(feature_groups), lookback + horizon
-    transformer = _fitted(train_df, groups, target_col)
+    transformer = like.transformer if like else _fitted(train_df, groups, target_col)
     around = val_df if context_df is None else pd.concat([context_df, val_df])
-    train, val = (_pairs(rows, transformer, target_col, groups.names, timeframe) for rows in (train_df, around))
-    val = [_lead(pair, val_df.index[0], shortest - 1) for pair in val]
-    sides = {"training": _long_enough(train, shortest), "validation": _long_enough(val, shortest)}
-    for side, rows in {"training": train_df, "validation": val_df}.items():
-        if len(rows) and not sides[side]:
+    to_pairs = partial(_pairs, transformer=transformer, names=(target_col, groups.names), timeframe=timeframe)
+    train = like.train if like else _long_enough(to_pairs(train_df), shortest)
+    val = _long_enough([_lead(pair, val_df.index[0], shortest - 1) for pair in to_pairs(around)], shortest)
+    _refuse_short(fold, shortest, training=(train_df, train), validation=(val_df, val))
+    return _labelled(DartsFold(fold, train, val, lookback, transformer, around), train_df, target_col)
+
+# %% ../../nbs/models/21_datasets.ipynb #f1d0a2c4
+def _refuse_short(fold: int, shortest: int, **sides: tuple[pd.DataFrame, list]) -> None:
+    for side, (rows, pairs) in sides.items():
+        if len(rows) and not pairs:
             problem = f"fold {fold}: no {side} stretch without a gap is as long as input chunk and horizon"
             raise DataError(problem, received=shortest, next_step="Fill the gaps, or use a longer window.")
-    return _labelled(DartsFold(fold, *sides.values(), lookback, transformer, around), train_df, target_col)
 
 # %% ../../nbs/models/21_datasets.ipynb #d72719fd
 def _fitted(train_df: pd.DataFrame, groups: FeatureGroups, target_col: str) -> FeatureTransformer:
@@ -214,12 +220,12 @@ def _fitted(train_df: pd.DataFrame, groups: FeatureGroups, target_col: str) -> F
     return transformer
 
 # %% ../../nbs/models/21_datasets.ipynb #48bd2499
-def _pairs(table: pd.DataFrame, transformer: FeatureTransformer, target_col: str, features: list[str], timeframe: str):
+def _pairs(table: pd.DataFrame, *, transformer: FeatureTransformer, names: tuple[str, list[str]], timeframe: str):
     if table.empty:
         return []
     scaled = transformer.transform(table)
     ids = segment_ids(table.index, timeframe=timeframe)
-    return [_pair(part, target_col, features, timeframe) for _, part in scaled.groupby(ids)]
+    return [_pair(part, *names, timeframe) for _, part in scaled.groupby(ids)]
 
 
 def _pair(part: pd.DataFrame, target_col: str, features: list[str], timeframe: str) -> tuple[TimeSeries, TimeSeries]:
