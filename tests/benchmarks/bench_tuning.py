@@ -123,7 +123,7 @@ def parse_options() -> argparse.Namespace:
     add_study_options(parser)
     parser.add_argument("--seeds", type=int, default=3, help="studies, of seeds 0, 1, ...")
     parser.add_argument("--spread", type=int, default=1, help="refits of the best parameters by other random seeds")
-    parser.add_argument("--pruner", nargs="+", choices=PRUNERS, default=["successive_halving", "median"])
+    parser.add_argument("--pruner", nargs="+", choices=PRUNERS, default=["successive_halving"])
     parser.add_argument("--n-jobs", type=int, default=2)
     parser.add_argument("--exact", action="store_true", help="PyTorch's own layers")
     parser.add_argument("--fresh", action="store_true", help="forget what is recorded")
