@@ -1985,6 +1985,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'kallos.models.tables': { 'kallos.models.tables.BuiltTables': ('models/tables.html#builttables', 'kallos/models/tables.py'),
                                       'kallos.models.tables.BuiltTables.text': ( 'models/tables.html#builttables.text',
                                                                                  'kallos/models/tables.py'),
+                                      'kallos.models.tables._ByValue': ('models/tables.html#_byvalue', 'kallos/models/tables.py'),
+                                      'kallos.models.tables._ByValue.save': ('models/tables.html#_byvalue.save', 'kallos/models/tables.py'),
                                       'kallos.models.tables._classes': ('models/tables.html#_classes', 'kallos/models/tables.py'),
                                       'kallos.models.tables._gap_lines': ('models/tables.html#_gap_lines', 'kallos/models/tables.py'),
                                       'kallos.models.tables._label_line': ('models/tables.html#_label_line', 'kallos/models/tables.py'),

@@ -7,13 +7,14 @@ __all__ = ['TRANSFORMER_FILE', 'REPORT_FILE', 'MANIFEST_FILE', 'table_file', 'ta
            'feature_table', 'report_text', 'BuiltTables', 'write_tables', 'build_tables']
 
 # %% ../../nbs/models/21b_tables.ipynb #11d071b0
+import pickle
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 
@@ -218,6 +219,11 @@ class BuiltTables:
         left_out = int(self.extent[["purged", "embargoed"]].to_numpy().sum())
         return "\n".join([*lines, f"{left_out} rows purged or embargoed between them", f"{self.folder / REPORT_FILE}"])
 
+# %% ../../nbs/models/21b_tables.ipynb #596581eb
+class _ByValue(pickle._Pickler):
+    def save(self, obj: object, save_persistent_id: bool = True) -> None:
+        super().save(sys.intern(obj) if type(obj) is str else obj, save_persistent_id)
+
 # %% ../../nbs/models/21b_tables.ipynb #c34f4b42
 def _record(table: pd.DataFrame) -> dict[str, object]:
     return {
@@ -234,7 +240,7 @@ def _write_files(partition: Partition, folder: Path) -> list[Path]:
             with atomic_write(folder / table_file(part, scaled=scaled)) as file:
                 table.to_parquet(file, index=False)
     with atomic_write(folder / TRANSFORMER_FILE) as file:
-        joblib.dump(partition.transformer, file)
+        _ByValue(file, protocol=4).dump(partition.transformer)
     with atomic_write(folder / REPORT_FILE, "w") as file:
         file.write(report_text(partition))
     return sorted(folder.iterdir())
