@@ -108,7 +108,7 @@ def test_a_failure_leaves_the_former_folder(bars: pd.DataFrame, tmp_path: Path, 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tables_module.joblib, "dump", fail)
+    monkeypatch.setattr(tables_module, "report_text", fail)
     with pytest.raises(OSError, match="no space"):
         write_tables(partition_bars(bars, settings=make(tmp_path, horizons=2)))
     assert hashes(built.folder) == before
@@ -123,7 +123,7 @@ def test_a_killed_process_leaves_the_former_folder(bars: pd.DataFrame, tmp_path:
     code = f"""import os, signal, pandas as pd
 from kallos.models import tables
 from kallos.models.partition import DataSettings, partition_bars
-tables.joblib.dump = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+tables.report_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 values = {{"asset_id": "BTC", "timeframe": "4h", "horizons": "2", "output_path": {str(built.folder)!r}}}
 bars = pd.read_parquet({str(tmp_path / "bars.parquet")!r})
 tables.write_tables(partition_bars(bars, settings=DataSettings.from_values(values)))"""
