@@ -1,141 +1,153 @@
-"""Models on labels by the real command line: what a run leaves, tuning, cross-validation, and what is refused."""
+"""Labels and sample weights against references in plain Python that spell the definitions out, on invented markets."""
 
+import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kallos.core.runs import read_json, verify_manifest, write_json
+from kallos.core.schemas import LABELS, check_table
+from kallos.data.barriers import Barriers, barrier_unit, triple_barrier, unbroken_runs
+from kallos.data.labels import make_labels
 from kallos.data.sample import sample_bars
-from kallos.models.cross_validation import ValidationSettings, cross_validate
-from kallos.models.label_trainer import load_run
-from kallos.models.labelled import complete_from_splits
-from kallos.models.partition import DataSettings, partition_bars
-from kallos.models.tables import write_tables
+from kallos.data.weights import average_uniqueness, concurrency, return_attribution, sample_weights, time_decay
+
+GRID = st.integers(60, 140).map(lambda cents: cents / 100)  # coarse prices, so that barriers are met exactly and tied
 
 
-def write_splits(folder: Path, bars: pd.DataFrame, horizons: str = "1,5", **settings: object) -> Path:
-    """Labelled tables of the bars in that folder."""
-    made = DataSettings(asset_id="BTC", timeframe="4h", horizons=horizons, output_path=folder / "splits", **settings)
-    write_tables(partition_bars(bars, settings=made))
-    return folder / "splits"
+@st.composite
+def markets(draw, longest: int = 30) -> pd.DataFrame:
+    """Bars of prices on a coarse grid, with gaps and filled bars, whose opens may lie anywhere in the bar."""
+    n = draw(st.integers(1, longest))
+    rows = draw(st.lists(st.tuples(GRID, GRID, GRID, GRID), min_size=n, max_size=n))
+    gaps = draw(st.lists(st.sampled_from([1, 1, 1, 1, 3]), min_size=n, max_size=n))
+    filled = draw(st.lists(st.sampled_from([False] * 7 + [True]), min_size=n, max_size=n))
+    prices = np.array([(pair[0], max(pair), min(pair), pair[1]) for pair in rows])
+    ts = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.cumsum(gaps), unit="D")
+    columns = dict(zip(("open", "high", "low", "close"), prices.T, strict=True))
+    return pd.DataFrame({"ts": ts.as_unit("us"), **columns, "volume": 1.0, "is_filled": filled})
 
 
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory) -> Path:
-    bars = sample_bars(timeframe="4h", start="2022-01-01", end="2022-12-31", seed=3)
-    return write_splits(tmp_path_factory.mktemp("labels"), bars)
+def outcome_by_hand(bars: pd.DataFrame, t: int, unit: float, horizon: int, up: float, down: float):
+    """(label, end, price) of a position opened at the close of bar t, or None where there is no label."""
+    ahead = range(t, t + horizon + 1)
+    if ahead[-1] >= len(bars) or math.isnan(unit) or bars["is_filled"].iloc[t]:
+        return None
+    for bar in ahead[1:]:
+        step = bars["ts"].iloc[bar] - bars["ts"].iloc[bar - 1]
+        if step != pd.Timedelta(days=1) or bars["is_filled"].iloc[bar]:
+            return None
+    entry = bars["close"].iloc[t]
+    upper, lower = entry * (1 + up * unit), entry * (1 - down * unit)
+    for bar in ahead[1:]:
+        opened, high, low = (bars[name].iloc[bar] for name in ("open", "high", "low"))
+        if opened >= upper:
+            return 1, bar, opened
+        if opened <= lower:
+            return -1, bar, opened
+        if low <= lower:
+            return -1, bar, lower
+        if high >= upper:
+            return 1, bar, upper
+    return 0, ahead[-1], bars["close"].iloc[ahead[-1]]
 
 
-def run(folder: Path, *words: object, code: int = 0) -> tuple[str, str]:
-    """What the command printed to both streams, run in the folder without a database; it must leave with the code."""
-    command = [str(Path(sys.executable).with_name("kallos-run")), *map(str, words)]
-    environment = {name: value for name, value in os.environ.items() if name != "KALLOS_DB_URL"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
+@settings(deadline=None, max_examples=300)
+@given(
+    markets(),
+    st.integers(1, 6),
+    st.sampled_from([0.5, 1, 2, math.inf]),
+    st.sampled_from([0.5, 1, 2, math.inf]),
+    st.data(),
+)
+def test_triple_barrier_is_what_its_definition_says(bars, horizon, up, down, data):
+    units = st.sampled_from([0.1, 0.125, 0.25, 1.0, math.nan])
+    unit = np.array(data.draw(st.lists(units, min_size=len(bars), max_size=len(bars))))
+    runs = unbroken_runs(bars, timeframe="1d")
+    outcome = triple_barrier(bars, unit, horizon=horizon, profit_taking=up, stop_loss=down, runs=runs)
+    for t, (label, end, price) in enumerate(zip(*outcome, strict=True)):
+        expected = outcome_by_hand(bars, t, unit[t], horizon, up, down)
+        if expected is None:
+            assert (label, end) == (0, -1) and np.isnan(price)
+        else:
+            assert (label, end, price) == expected
 
 
-@pytest.mark.slow
-def test_a_training_leaves_a_run_that_can_be_loaded(splits, tmp_path):
-    words = ("--splits", splits, "--horizon", 5, "--output-path", "runs")
-    for name in ("hist_gradient_boosting", "hist_gradient_boosting_classifier"):
-        said, _ = run(tmp_path, "train", *words, "--model-name", name)
-        assert "On the validation rows: " in said and "skill" in said.lower() and "kallos-run tune" in said
-        (folder,) = (tmp_path / "runs").glob(f"{name}_h5_2*")
-        manifest = verify_manifest(folder / "manifest.json")
-        paths = {item["path"] for item in manifest["artifacts"].values()}
-        assert {"checkpoints/best_model/model.pt", "forecasts.parquet", "metrics.json"} < paths
-        model, transformer, _ = load_run(folder)
-        assert model.output_chunk_shift == 4 and transformer.target_scaler is not None
-        assert read_json(folder / "metrics.json")["numbers"]["n"] == len(pd.read_parquet(folder / "forecasts.parquet"))
-    assert 0 < read_json(folder / "metrics.json")["classes"]["log_loss"] < 3
-    assert not [*(tmp_path / "runs").glob(".*")]
+@st.composite
+def label_spans(draw) -> tuple[np.ndarray, np.ndarray, int]:
+    """(start, end, number of bars), in order of the starts."""
+    pairs = draw(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), min_size=1, max_size=15))
+    start = np.array(sorted(first for first, _ in pairs))
+    end = start + np.array([length for _, length in pairs])
+    return start, end, int(end.max()) + 1 + draw(st.integers(0, 3))
 
 
-@pytest.mark.slow
-def test_labels_are_tuned_trained_and_cross_validated(splits, tmp_path):
-    tuned = ("--splits", splits, "--horizon", 5, "--model-name", "logistic_classifier", "--pruner", "none")
-    said, _ = run(tmp_path, "tune", *tuned, "--n-trials", 2, "--folds", 2)
-    assert "Brier" in said or "skill" in said.lower()
-    report = nbformat.read(tmp_path / "logistic_classifier_BTC_tune.ipynb", as_version=4)
-    outputs = [output for cell in report.cells for output in cell.get("outputs", [])]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    assert any("brier_skill" in output.get("data", {}).get("text/html", "") for output in outputs)
-    params = ("--splits", splits, "--params-file", "logistic_classifier_BTC_best_params.json")
-    said, _ = run(tmp_path, "train", *params)
-    assert "may have been chosen by these rows" in said
-    said, _ = run(tmp_path, "cv", *params, "--n-splits", 3)
-    assert "3 folds" in said
-    found = pd.read_parquet(tmp_path / "logistic_classifier_BTC_cv" / "forecasts.parquet")
-    assert np.allclose(found[["p_down", "p_flat", "p_up"]].sum(axis=1), 1)
-    assert (found["target_ts"] > found["ts"]).all() and (found["target_ts"] - found["ts"]).max() == 5 * pd.Timedelta(
-        "4h"
-    )
+@given(label_spans(), st.integers(0, 2**32 - 1), st.floats(-0.9, 1))
+def test_weights_are_what_their_definitions_say(given_spans, seed, oldest):
+    start, end, n = given_spans
+    returns = np.random.default_rng(seed).normal(size=n)
+    spans = [range(first + 1, last + 1) for first, last in zip(start, end, strict=True)]
+    count = [sum(bar in span for span in spans) for bar in range(n)]
+    unique = [sum(1 / count[bar] for bar in span) / len(span) for span in spans]
+    attributed = [abs(sum(returns[bar] / count[bar] for bar in span)) for span in spans]
+    assert concurrency(start, end, bars=n).tolist() == count
+    np.testing.assert_allclose(average_uniqueness(start, end), unique, rtol=1e-12)
+    np.testing.assert_allclose(return_attribution(start, end, log_returns=returns), attributed, atol=1e-12)
+    decay = time_decay(np.array(unique), oldest=oldest)
+    np.testing.assert_allclose(decay, decay_of_afml(unique, oldest), atol=1e-9)
+    for weighting, raw in (("uniqueness", unique), ("return_attribution", attributed)):
+        weights = sample_weights(start, end, log_returns=returns, weighting=weighting, oldest=oldest)
+        expected = np.array(raw) * decay
+        np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["random_forest_classifier", "hist_gradient_boosting"])
-def test_long_labels_of_a_martingale_are_not_forecast(name, tmp_path):
-    """Labels of twenty bars overlap; a model that remembers its rows would know the label next door."""
-    bars, steps = sample_bars(timeframe="4h", start="2022-01-01", end="2022-12-31", seed=4), np.random.default_rng(4)
-    close = 100 * np.exp(np.cumsum(0.01 * steps.standard_normal(len(bars))))
-    opened = np.r_[100, close[:-1]]
-    bars = bars.assign(open=opened, close=close, high=np.maximum(opened, close), low=np.minimum(opened, close))
-    splits = write_splits(tmp_path, bars, "20")
-    deep = (
-        {"max_depth": 12, "n_estimators": 20} if name.endswith("classifier") else {"max_leaf_nodes": 63, "max_iter": 50}
-    )
-    write_json(tmp_path / "best.json", {"input_chunk_length": 1, **deep})
-    values = {
-        "splits": splits,
-        "model_name": name,
-        "params_file": tmp_path / "best.json",
-        "output_path": tmp_path / "out",
-    }
-    found = cross_validate(ValidationSettings.from_values(complete_from_splits(values)), progress=False).forecasts
-    if name.endswith("classifier"):
-        said, naive = ([f"p_{kind}{side}" for side in ("down", "flat", "up")] for kind in ("", "naive_"))
-        happened = found["y_true"].to_numpy()[:, None] == (-1, 0, 1)
-        losses = [np.square(found[names].to_numpy() - happened).sum(axis=1).mean() for names in (said, naive)]
-    else:
-        losses = [np.square(found["y_true"] - found[column]).mean() for column in ("y_pred", "y_naive")]
-    assert losses[0] > losses[1]
+def decay_of_afml(weights: list[float], oldest: float) -> np.ndarray:
+    """Snippet 4.11 of Advances in Financial Machine Learning, line by line."""
+    cumulated = np.cumsum(weights)
+    slope = (1.0 - oldest) / cumulated[-1] if oldest >= 0 else 1.0 / ((oldest + 1) * cumulated[-1])
+    factor = 1.0 - slope * cumulated[-1] + slope * cumulated
+    factor[factor < 0] = 0
+    return factor
 
 
-REFUSED = {
-    "no horizon": (("train",), "labels of several horizons"),
-    "no such horizon": (("train", "--horizon", 7), "no labels of this horizon"),
-    "classes by a network": (("train", "--horizon", 5, "--model-name", "gru", "--target-col", "label"), "not classes"),
-    "numbers by a classifier": (
-        ("train", "--horizon", 5, "--model-name", "logistic_classifier", "--target-col", "return"),
-        "forecasts classes",
-    ),
-    "another asset": (("tune", "--horizon", 5, "--asset-id", "ETH"), "another asset_id"),
-    "a database": (("train", "--horizon", 5, "--db-url", "sqlite:///x.db"), "--db-url has no meaning beside --splits"),
-    "a price": (("tune", "--horizon", 5, "--target-col", "log_return"), "return and label are the targets"),
-    "too late": (("tune", "--horizon", 5, "--end-date", "2024-01-01"), "are known by"),
-}
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 50), st.integers(130, 299), st.integers(1, 12), st.booleans())
+def test_nothing_after_t1_changes_a_label(seed, cut, horizon, with_barriers):
+    bars = sample_bars(start="2024-01-01", end="2024-10-26", seed=seed)
+    wild = bars.copy()
+    wild.loc[cut:, ["open", "high", "low", "close"]] *= 2
+    barriers = Barriers() if with_barriers else None
+    settled = {"timeframe": "1d", "horizons": [horizon], "barriers": barriers}
+    columns = ["ts", *(f"{name}_h{horizon}" for name in ("label", "return", "t1"))]
+    before, after, early = (make_labels(b, **settled)[columns] for b in (bars, wild, bars[:cut]))
+    known = before[f"t1_h{horizon}"] <= bars["ts"].iloc[cut - 1] + pd.Timedelta("1D")
+    pd.testing.assert_frame_equal(after[known], before[known], check_exact=True)
+    pd.testing.assert_frame_equal(early, before[: len(early)], check_exact=True)
 
 
-@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
-def test_wrong_input_is_one_message_and_exit_code_2(words, message, splits, tmp_path):
-    said, problem = run(tmp_path, *words[:1], "--splits", splits, *words[1:], code=2)
-    assert message in problem and said == "" and not [*tmp_path.iterdir()]
+def test_the_volatility_does_not_depend_on_where_the_download_began():
+    bars = sample_bars(start="2020-01-01", end="2024-12-31")
+    whole = barrier_unit(bars, timeframe="1d", horizon=5)
+    for begin in (1, 77, 800):
+        late = barrier_unit(bars[begin:].reset_index(drop=True), timeframe="1d", horizon=5)
+        np.testing.assert_allclose(late[100:], whole[begin + 100 :], rtol=1e-9)
 
 
-def test_a_classifier_needs_labelled_tables(tmp_path):
-    words = ("tune", "--asset-id", "BTC", "--end-date", "2022-01-01", "--model-name", "logistic_classifier")
-    _, problem = run(tmp_path, *words, "--no-report", code=2)
-    assert "kallos-run: " in problem
-    _, problem = run(tmp_path, "train", "--splits", tmp_path, "--horizon", 5, code=2)
-    assert "no folder of tables" in problem
-    _, problem = run(tmp_path, "train", "--asset-id", "BTC", "--end-date", "2022-01-01", code=2)
-    assert "--params-file" in problem
+@pytest.mark.skipif("KALLOS_REAL_DATA" not in os.environ, reason="KALLOS_REAL_DATA names no folder of market data")
+def test_labels_of_a_real_market():
+    frame = pd.read_parquet(Path(os.environ["KALLOS_REAL_DATA"]) / "bars" / "BTCUSDT_perp_15m.parquet")
+    bars = frame.rename(columns={"timestamp": "ts"}).assign(ts=lambda b: b["ts"].dt.tz_localize("UTC"))[:20_000]
+    labels = check_table(make_labels(bars, timeframe="15m", horizons=[1, 20, 96]), LABELS, what="labels")
+    for horizon in (1, 20, 96):
+        shares = labels[f"label_h{horizon}"].value_counts(normalize=True)
+        assert shares.min() > 0.15 and abs(shares[1] - shares[-1]) < 0.1
+        assert labels[f"sample_weight_h{horizon}"].mean() == pytest.approx(1)
+        assert (
+            (np.sign(labels[f"return_h{horizon}"]) == labels[f"label_h{horizon}"])
+            .loc[labels[f"label_h{horizon}"].isin([-1, 1])]
+            .all()
+        )
