@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy(
             "add_target",
             "calculate_dynamic_wf_kwargs",
             "data_record",
+            "fold_from_blocks",
             "get_walk_forward_splits",
             "load_features_from_db",
             "load_table",

@@ -7,6 +7,7 @@ __all__ = ['FeatureTransformer', 'inverse_target', 'create_feature_transformer']
 
 # %% ../../nbs/models/20_preprocessing.ipynb #02ec035b
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,17 +21,26 @@ from ..data.features import bounds_of, group_of, is_signed
 
 # %% ../../nbs/models/20_preprocessing.ipynb #4cf5065b
 class FeatureTransformer(ColumnTransformer):
-    """A `ColumnTransformer` that names missing columns, keeps names, and can scale its target back."""
+    """A `ColumnTransformer` from frame to frame, which names missing columns and can scale its target back."""
+
+    def __init__(self, transformers: list[tuple[str, Any, list[int]]], names: list[str]):
+        super().__init__(transformers)
+        self.names = names  # of the columns that the transformers number
 
     def fit_transform(self, X: pd.DataFrame, y: object = None, **params) -> pd.DataFrame:
         """Fits on X and returns it scaled; DataError on a missing, empty or infinite column."""
-        _check_columns(X, [name for _, _, names in self.transformers for name in names])
-        return super().fit_transform(X, y, **params)
+        return self._framed(X, super().fit_transform(_values(X, self.names), y, **params))
 
     def transform(self, X: pd.DataFrame, **params) -> pd.DataFrame:
         """X scaled; DataError on a missing, empty or infinite column."""
-        _check_columns(X, [name for _, _, names in self.transformers for name in names])
-        return super().transform(X, **params)
+        return self._framed(X, super().transform(_values(X, self.names), **params))
+
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
+        """The names of the columns."""
+        return np.array(self.names, dtype=object)
+
+    def _framed(self, X: pd.DataFrame, scaled: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame(scaled, index=X.index, columns=self.names)
 
     @property
     def target_scaler(self) -> StandardScaler:
@@ -49,17 +59,20 @@ def inverse_target(
     return np.asarray(scaled, dtype="float64") * scaler.scale_[0] + scaler.mean_[0]
 
 
-def _check_columns(table: pd.DataFrame, names: list[str]) -> None:
+def _values(table: pd.DataFrame, names: list[str]) -> np.ndarray:
+    """The columns as (n, names) float64; DataError on a missing, empty or infinite one."""
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise DataError(
             f"missing columns: {', '.join(missing)}", next_step=f"The table has {', '.join(table.columns)}."
         )
-    bad = [name for name in names if not np.isfinite(table[name].to_numpy("float64")).all()]
+    values = table[names].to_numpy("float64")
+    bad = [name for name, whole in zip(names, np.isfinite(values).all(axis=0), strict=True) if not whole]
     if bad:
         raise DataError(
             f"empty or infinite values in: {', '.join(bad)}", next_step="Leave these features out, or mend the data."
         )
+    return values
 
 # %% ../../nbs/models/20_preprocessing.ipynb #8a44fb23
 def _to_unit(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -109,5 +122,6 @@ def create_feature_transformer(
         parts.append(("bounded", _bounds_scaler(groups.bounded_features), groups.bounded_features))
     parts.append(("unbounded", RobustScaler(), groups.unbounded_features))
     parts.append(("target", StandardScaler(), [target_col] if target_col else []))
-    used = [part for part in parts if part[2]]
-    return FeatureTransformer(used, verbose_feature_names_out=False).set_output(transform="pandas")
+    names = [name for _, _, columns in parts for name in columns]
+    used = [(part, scaler, [names.index(name) for name in columns]) for part, scaler, columns in parts if columns]
+    return FeatureTransformer(used, names)

@@ -6,17 +6,14 @@
 __all__ = ['blocks_of', 'fold_from_parts']
 
 # %% ../../nbs/models/24k_purged_folds.ipynb #d90d1ba2
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
 from ..core.config import RunSettings
 from ..core.errors import DataError
-from ..core.logs import log_event
 from ..data.spans import Part
 from .architectures import MODELS
-from .datasets import DartsFold, prepare_darts_timeseries
+from .datasets import DartsFold, fold_from_blocks
 from .validation import INNER_SHARE
 
 # %% ../../nbs/models/24k_purged_folds.ipynb #beb3efce
@@ -29,23 +26,6 @@ def blocks_of(
     edges = np.flatnonzero(np.diff(rows) > 1) + 1
     return [(int(block[0]), int(block[-1]) + 1) for block in np.split(rows, edges)]
 
-# %% ../../nbs/models/24k_purged_folds.ipynb #d92f6b18
-def _led(
-    table: pd.DataFrame, train: np.ndarray, blocks: list[tuple[int, int, int]], how: dict, like: DartsFold | None = None
-) -> list[DartsFold]:
-    """A fold for each block (first row of its lead, first, stop) that holds a forecast; DataError if none does."""
-    found, problem = [], None
-    for lead, first, stop in blocks:
-        sides = table.iloc[train], table.iloc[first:stop]
-        try:
-            found.append(prepare_darts_timeseries(*sides, context_df=table.iloc[lead:first], like=like, **how))
-            like = like or found[0]
-        except DataError as error:
-            problem = error
-    if not found:
-        raise problem
-    return found
-
 # %% ../../nbs/models/24k_purged_folds.ipynb #dd26d046
 def _inner_tail(train: np.ndarray, lookback: int, horizon: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     """The rows that are left to train on, and the blocks of the tail with their leads."""
@@ -56,10 +36,6 @@ def _inner_tail(train: np.ndarray, lookback: int, horizon: int) -> tuple[np.ndar
         begin = max(start for start in starts if start <= first)
         blocks.append((max(begin, first - lookback - horizon + 1), first, stop))
     return kept, blocks
-
-
-def _say_short(fold: int, short: int, of: int) -> None:
-    log_event(f"fold {fold}: {short} of {of} tested blocks are too short for a forecast", level="warning")
 
 # %% ../../nbs/models/24k_purged_folds.ipynb #a60444e1
 def fold_from_parts(
@@ -72,17 +48,12 @@ def fold_from_parts(
 ) -> DartsFold:
     """The fold as scaled series, an inner tail to stop by; DataError if a side has no stretch long enough."""
     horizon, is_network = settings.horizon, MODELS[settings.model_name].is_network
-    how = {"feature_groups": settings.feature_groups, "target_col": settings.target_col}
-    how |= {"timeframe": settings.timeframe, "lookback": lookback, "horizon": horizon, "fold": fold}
+    how = {name: getattr(settings, name) for name in ("feature_groups", "target_col", "timeframe", "horizon")}
     train, lead = np.flatnonzero(parts == Part.TRAIN), lookback + horizon - 1
     tested = blocks_of(np.flatnonzero(np.isin(parts, (Part.VALIDATION, Part.TEST))))
-    kept, tail = _inner_tail(train, lookback, horizon) if is_network else (train, [])
+    kept, tail = _inner_tail(train, lookback, horizon) if is_network else (train, None)
     if len(kept) < lookback + horizon:
         todo = "Test fewer groups at a time, use a shorter horizon or embargo, or load more data."
         raise DataError(f"fold {fold} has too few rows to train on", len(kept), todo)
-    found = _led(table, kept, [(max(0, first - lead), first, stop) for first, stop in tested], how)
-    if len(found) < len(tested):
-        _say_short(fold, len(tested) - len(found), len(tested))
-    stop = [pair for part in _led(table, kept, tail, how, found[0]) for pair in part.val] if tail else None
-    val, truth = [pair for part in found for pair in part.val], pd.concat([part.truth for part in found])
-    return replace(found[0], val=val, truth=truth[~truth.index.duplicated()], stop=stop)
+    led = [(max(0, first - lead), first, stop) for first, stop in tested]
+    return fold_from_blocks(table, blocks_of(kept), led, lookback=lookback, fold=fold, stop=tail, **how)

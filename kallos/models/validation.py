@@ -26,7 +26,7 @@ from ..core.runs import derive_seed
 from ..core.schemas import FORECASTS, check_table, timeframe_delta
 from ..data.splits import FoldBounds, date_bounds
 from .architectures import MODELS, longest_input
-from .datasets import DartsFold, prepare_darts_timeseries
+from .datasets import Blocks, DartsFold, fold_from_blocks
 from .fits import Fit, FitPlan, Weights, fit_fold, trim
 from .label_forecasts import direct_forecasts, fold_score, label_table
 from .preprocessing import inverse_target
@@ -45,27 +45,16 @@ def prepare_fold(
     early_stopping_on: Literal["fold", "inner"] = "fold",  # whose loss stops a network: the fold's, or an inner tail's
 ) -> DartsFold:
     """The fold as scaled series; DataError if a side has no stretch long enough."""
-    if early_stopping_on == "inner":
-        inner = _inner_bounds(bounds, settings)
-        outer = replace(bounds, train_stop=inner.train_stop)
-        return replace(_prepare(table, outer, settings), stop=_prepare(table, inner, settings).val)
-    return _prepare(table, bounds, settings)
-
-# %% ../../nbs/models/24_validation.ipynb #204a4473
-def _prepare(table: pd.DataFrame, bounds: FoldBounds, settings: RunSettings) -> DartsFold:
+    inner = _inner_bounds(bounds, settings) if early_stopping_on == "inner" else None
     lookback = longest_input(settings.model_name)
-    lead = lookback + settings.horizon - 1
-    return prepare_darts_timeseries(
-        table.iloc[bounds.train_start : bounds.train_stop],
-        table.iloc[bounds.val_start : bounds.val_stop],
-        context_df=table.iloc[max(0, bounds.val_start - lead) : bounds.val_start],
-        feature_groups=settings.feature_groups,
-        target_col=settings.target_col,
-        timeframe=settings.timeframe,
-        lookback=lookback,
-        horizon=settings.horizon,
-        fold=bounds.fold,
-    )
+    tested, stop = (_led(side, lookback + settings.horizon - 1) if side else None for side in (bounds, inner))
+    how = {name: getattr(settings, name) for name in ("feature_groups", "target_col", "timeframe", "horizon")}
+    rows, train = table.iloc[: bounds.val_stop], [(bounds.train_start, (inner or bounds).train_stop)]
+    return fold_from_blocks(rows, train, tested, stop=stop, lookback=lookback, fold=bounds.fold, **how)
+
+
+def _led(bounds: FoldBounds, lead: int) -> Blocks:
+    return [(max(0, bounds.val_start - lead), bounds.val_start, bounds.val_stop)]
 
 # %% ../../nbs/models/24_validation.ipynb #46b5e3bb
 INNER_SHARE = 0.1

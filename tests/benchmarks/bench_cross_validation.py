@@ -30,7 +30,7 @@ MODELS = {
     },
     "linear": {"input_chunk_length": 10, "alpha": 10.0},
 }  # fmt: skip
-PARTS = ("run_fold", "fold_from_parts", "load_table", "keep_table", "fold_keys", "write_manifest", "paths_of")
+PARTS = ("run_fold", "fold_from_parts", "load_rows", "keep_table", "fold_keys", "write_manifest", "paths_of")
 
 
 def timed(name: str, spent: Counter) -> Callable:
