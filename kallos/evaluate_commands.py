@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .core.errors import ConfigError
 from .options import command, tell_next
 
 if TYPE_CHECKING:
@@ -21,11 +22,16 @@ evaluate_app = typer.Typer()
 # %% ../nbs/59f_evaluate_commands.ipynb #ab6429a3
 def _settings(given: dict[str, Any]) -> "EvaluateSettings":
     from kallos.evaluation.evaluation import EvaluateSettings
-    from kallos.models.architectures import check_hyperparameters
+    from kallos.models.architectures import check_hyperparameters, check_model
+    from kallos.models.labelled import complete_from_splits
     from kallos.models.parameters import merge_params, read_params
 
-    merged = merge_params({"output_path": Path()} | given, given["params_file"])
+    if "splits" in given and "n_epochs" in given:
+        todo = "A network on labelled tables stops by itself, at most after --max-epochs."
+        raise ConfigError("--n-epochs has no meaning beside --splits", given["n_epochs"], todo)
+    merged = complete_from_splits(merge_params({"output_path": Path()} | given, given["params_file"]))
     settings = EvaluateSettings.from_values(merged, source="the options")
+    check_model(settings)
     found = read_params(settings.params_file)["hyperparameters"]
     check_hyperparameters(settings.model_name, found, horizon=settings.horizon)
     return settings
@@ -46,11 +52,15 @@ def _tell(settings: "EvaluateSettings") -> None:
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
     if found["held_out"]:
         tell_next("nothing: a look at these rows after another round of tuning is no longer a test")
+    elif settings.splits:
+        tell_next("kallos-run data, with a larger share of test rows, and then the tuning once more")
     else:
         tell_next("kallos-run fetch, or an earlier --end-date at the next tuning, so that rows are left to test on")
 
 # %% ../nbs/59f_evaluate_commands.ipynb #0fa4da98
-_MODEL = "model_name asset_id end_date params_file timeframe target_col feature_groups horizon seed device precision"
+_MODEL = (
+    "model_name asset_id end_date splits params_file timeframe target_col feature_groups horizon seed device precision"
+)
 _SPLITS = "schemes n_splits n_groups n_test_groups refit_every first_train_share train_window embargo"
 _FIT = "n_epochs max_epochs patience exact train_stride max_samples_per_epoch n_jobs dask_scheduler"
 _VERDICT = "fee level importance_repeats optuna_schema output_path db_url no_report"

@@ -110,7 +110,9 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "calibration": (
             "Calibration",
+            "ClassCalibration",
             "calibration_bins",
+            "class_calibration",
             "mincer_zarnowitz",
             "residual_autocorrelation",
         ),

@@ -9,7 +9,7 @@ __all__ = ['EvaluateSettings', 'of_scheme', 'evaluation_folder', 'judge_its_sear
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #d189cf4b
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import optuna
 import pandas as pd
@@ -17,13 +17,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from sqlalchemy import inspect
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #0979dd2c
+from ..core.classification import score_classes
 from ..core.config import RunSettings, SchemaName, TuneSettings, as_parameters, find_file
 from ..core.errors import KallosError
 from ..core.metrics import score_forecasts
 from ..core.runs import write_json, write_manifest
 from ..data.database import to_url
 from ..data.tables import connect
-from .calibration import Calibration, mincer_zarnowitz
+from .calibration import Calibration, ClassCalibration, class_calibration, mincer_zarnowitz
 from .held_out import HeldOut, load_all_rows, look_once
 from .multiple_testing import SearchVerdict, judge_search
 from .paths import PathVerdict, judge_path, sentence_of, write_metrics
@@ -64,11 +65,11 @@ class EvaluateSettings(FoldSettings):
     importance_repeats: int = Field(5, ge=0, le=100, description="moves of each input; 0: no importance")
     optuna_schema: SchemaName = Field("optuna", description="PostgreSQL schema of the study")
 
-    @model_validator(mode="after")
-    def _rows_of_the_database(self) -> Self:
-        if self.splits:
-            raise ValueError("a model of labelled tables (splits) is judged by cv, walk-forward and cpcv, not here")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_know_no_epochs(cls, values: Any) -> Any:
+        labelled = isinstance(values, dict) and values.get("splits")
+        return values | {"n_epochs": None} if labelled else values  # an inner tail says when to stop
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #b0171e65
 def of_scheme(
@@ -131,7 +132,7 @@ class Evaluation:
     held_out: HeldOut | None  # None if too few rows lie after the end date
     held_out_verdict: PathVerdict | None
     judged: pd.DataFrame  # the Forecasts table that decides; of several paths the first
-    calibration: Calibration  # of these forecasts
+    calibration: Calibration | ClassCalibration  # of these forecasts
     search: SearchVerdict | None  # None if it cannot be charged
     search_sentence: str
     importance: pd.DataFrame  # a row an input; empty if it was not asked for
@@ -147,9 +148,10 @@ def _headline(
 ) -> str:
     end, answer, detail = f"{settings.end_date:%Y-%m-%d}", _said_by(deciding).capitalize(), sentence_of(deciding)
     detail = detail.removeprefix(f"{answer}: ").removesuffix(": skill.").removesuffix(".")
-    begin = f"{answer} on the rows after {end}, which decide"
+    rows, none = (f"rows after {end}", "no row after it is left") if settings.splits is None else _OF_TABLES
+    begin = f"{answer} on the {rows}, which decide"
     if held is None:
-        begin = f"{answer} before {end}; no row after it is left to decide, and these rows chose the parameters"
+        begin = f"{answer} before {end}; {none} to decide, and these rows chose the parameters"
     elif not held.is_first:
         begin += (
             f" but were looked at {len(held.looks)} times, with other parameters or models, so that luck is likelier"
@@ -157,19 +159,23 @@ def _headline(
     others = ", ".join(f"{scheme} {_said_by(paths)}" for scheme, paths in verdicts.items())
     return f"{begin}: {detail[0].lower()}{detail[1:]}. The rows before {end}: {others}."
 
+
+_OF_TABLES = ("test rows", "the test table is too short")
+
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #af45d4cf
 def _row(name: str, paths: list[PathVerdict]) -> dict[str, Any]:
     one = pd.DataFrame([asdict(path.verdict) | {"sharpe": path.sharpe} for path in paths])
-    columns = ["n", "rmse_naive", "rmse", "skill", "skill_lower", "skill_upper", "p_value", "sharpe"]
-    median = one[columns].median()
+    error = "rmse" if one["brier"].isna().all() else "brier"
+    median = one[["n", f"{error}_naive", error, "skill", "skill_lower", "skill_upper", "p_value", "sharpe"]].median()
     return {"rows": name, "paths": len(paths)} | median.to_dict() | {"n": int(median["n"]), "verdict": _said_by(paths)}
 
 
 def answers(
     evaluation: Evaluation,  # from `evaluate`
 ) -> pd.DataFrame:
-    """One row a set of rows, those that decide first: n, rmse_naive, rmse, skill and its interval, p_value, sharpe."""
-    held = {"after the end date": [evaluation.held_out_verdict]} if evaluation.held_out_verdict else {}
+    """One row a set of rows, those that decide first: n, rmse or brier of both, skill, interval, p_value, sharpe."""
+    name = "test rows" if evaluation.settings.splits else "after the end date"
+    held = {name: [evaluation.held_out_verdict]} if evaluation.held_out_verdict else {}
     rows = [_row(name, paths) for name, paths in (held | evaluation.verdicts).items()]
     return pd.DataFrame(rows).set_index("rows")
 
@@ -207,7 +213,8 @@ def _record(evaluation: Evaluation) -> dict[str, Any]:
         "probabilistic": e.search.probabilistic, "deflated": e.search.deflated and e.search.deflated.probability,
         "pbo": e.search.selection and e.search.selection.pbo,
     }  # fmt: skip
-    folds = {scheme: score_forecasts(run.forecasts, by=["fold"]).to_dict("records") for scheme, run in e.runs.items()}
+    score = score_classes if e.settings.target_col == "label" else score_forecasts
+    folds = {scheme: score(run.forecasts, by=["fold"]).to_dict("records") for scheme, run in e.runs.items()}
     return {
         "sentence": e.sentence, "has_skill": e.has_skill, "level": e.settings.level, "fee": e.settings.fee,
         "answers": answers(e).reset_index().to_dict("records"), "folds": folds,
@@ -239,6 +246,11 @@ def _judge_all(settings: EvaluateSettings, db: Any, progress: bool) -> tuple[dic
     how = {"fee": settings.fee, "level": settings.level}
     return runs, {name: [judge_path(path, **how) for path in run.paths] for name, run in runs.items()}
 
+
+def _calibrate(forecasts: pd.DataFrame, level: float) -> Calibration | ClassCalibration:
+    is_label = forecasts["target"].iloc[0] == "label"
+    return (class_calibration if is_label else mincer_zarnowitz)(forecasts, level=level)
+
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #2934464a
 def evaluate(
     settings: EvaluateSettings,  # of the evaluation
@@ -256,7 +268,7 @@ def evaluate(
     search, words = judge_its_search(settings, db=db)
     found = Evaluation(
         settings, _said_by(deciding) == "skill", _headline(settings, held, deciding, verdicts), runs, verdicts,
-        held, deciding[0] if held else None, judged, mincer_zarnowitz(judged, level=settings.level),
+        held, deciding[0] if held else None, judged, _calibrate(judged, settings.level),
         search, words, importance, evaluation_folder(settings),
     )  # fmt: skip
     _write(found, table)

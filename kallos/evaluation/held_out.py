@@ -20,9 +20,12 @@ from filelock import FileLock
 from ..core.config import as_parameters
 from ..core.errors import ConfigError
 from ..core.runs import fingerprint, read_json, seed_everything, write_json
+from ..data.spans import Part
 from ..models.architectures import MODELS
-from ..models.cross_validation import FoldSettings, fold_key, keep_table
+from ..models.container import window_ends
+from ..models.cross_validation import FoldSettings, fold_key, keep_table, run_parts
 from ..models.datasets import add_target, load_features_from_db
+from ..models.labelled import load_labelled
 from ..models.validation import forecast_after
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #a443faba
@@ -31,6 +34,8 @@ def load_all_rows(
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
 ) -> pd.DataFrame:
     """The rows with close, features and target, those after the end date too; DataError if there are none."""
+    if settings.splits:
+        return load_labelled(settings, with_test=True)
     names = settings.feature_groups.names
     table = load_features_from_db(settings.asset_id, None, db, timeframe=settings.timeframe, columns=names)
     return add_target(table, settings.target_col, timeframe=settings.timeframe)
@@ -39,9 +44,16 @@ def load_all_rows(
 def can_be_tested(
     table: pd.DataFrame,  # all rows
     settings: FoldSettings,  # end date and horizon
+    *,
+    lookback: int = 1,  # the model's input chunk, in bars
 ) -> bool:
     """Whether enough rows lie after the end date."""
-    return int((table.index > settings.end_date).sum()) >= max(10, 2 * settings.horizon) + settings.horizon
+    rows, least = table.index[table.index > settings.end_date], max(10, 2 * settings.horizon)
+    if len(rows) < least + settings.horizon or not settings.splits:
+        return len(rows) >= least + settings.horizon
+    return (
+        len(window_ends(rows.to_series(), timeframe=settings.timeframe, lookback=lookback + settings.horizon)) >= least
+    )
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #01b3aeb6
 def looks_path(
@@ -88,9 +100,14 @@ class HeldOut:
 _MODEL = "asset_id timeframe model_name target_col horizon feature_groups end_date seed".split()  # noqa: SIM905
 
 
-def _model_key(settings: FoldSettings, hyperparameters: dict[str, Any], n_epochs: int | None) -> str:
+def _model_key(
+    table: pd.DataFrame, settings: FoldSettings, hyperparameters: dict[str, Any], n_epochs: int | None
+) -> str:
     values = {name: as_parameters(settings)[name] for name in _MODEL}
     values |= {"hyperparameters": hyperparameters, "n_epochs": n_epochs}
+    if settings.splits:
+        how = {"max_epochs": settings.max_epochs, "patience": settings.patience}
+        values |= how | {"rows": fingerprint(table[table.index <= settings.end_date])}
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -103,9 +120,14 @@ def _path(
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #2b16ed82
 def _forecast(table: pd.DataFrame, settings: FoldSettings, hyperparameters: dict, n_epochs: int | None, path: Path):
-    seed_everything(settings.seed)
-    how = {"hyperparameters": hyperparameters, "settings": settings, "n_epochs": n_epochs}
-    keep_table(forecast_after(table, pd.Timestamp(settings.end_date), **how).forecasts, path)
+    how = {"hyperparameters": hyperparameters, "settings": settings}
+    if settings.splits:
+        parts = np.where(table.index > settings.end_date, Part.TEST, Part.TRAIN)
+        _, result = run_parts(table, parts, fold=0, **how)
+    else:
+        seed_everything(settings.seed)
+        result = forecast_after(table, pd.Timestamp(settings.end_date), n_epochs=n_epochs, **how)
+    keep_table(result.forecasts, path)
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #a104aa28
 def look_once(
@@ -113,18 +135,19 @@ def look_once(
     hyperparameters: dict[str, Any],  # of the model
     *,
     table: pd.DataFrame,  # all rows, as from `load_all_rows`
-    n_epochs: int | None,  # epochs of the fit; networks only
+    n_epochs: int | None,  # epochs of the fit; networks on rows of the database only
     folder: Path,  # keeps the forecasts
 ) -> HeldOut | None:
     """The forecasts of the rows after the end date, None if there are too few; ConfigError without epochs."""
-    if not can_be_tested(table, settings):
+    if not can_be_tested(table, settings, lookback=hyperparameters["input_chunk_length"]):
         return None
-    if MODELS[settings.model_name].is_network and n_epochs is None:
+    n_epochs = None if settings.splits else n_epochs  # there an inner tail says when to stop
+    if MODELS[settings.model_name].is_network and n_epochs is None and not settings.splits:
         raise ConfigError("the parameters file names no n_epochs", str(settings.params_file), "Pass --n-epochs.")
     path = _path(table, settings, hyperparameters, n_epochs, folder)
     if not path.exists():
         _forecast(table, settings, hyperparameters, n_epochs, path)
     forecasts = pd.read_parquet(path)
     ends = {name: str(forecasts["target_ts"].agg(how)) for name, how in (("first", "min"), ("last", "max"))}
-    look = {"key": _model_key(settings, hyperparameters, n_epochs), "rows": len(forecasts)} | ends
+    look = {"key": _model_key(table, settings, hyperparameters, n_epochs), "rows": len(forecasts)} | ends
     return HeldOut(forecasts, record_look(settings, look), path)
