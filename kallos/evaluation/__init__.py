@@ -117,10 +117,13 @@ __getattr__, __dir__, __all__ = lazy(
         "held_out": (
             "HeldOut",
             "can_be_tested",
+            "forecast_held_out",
             "load_all_rows",
             "look_once",
             "looks_path",
+            "model_key",
             "record_look",
+            "span_of",
         ),
         "evaluation": (
             "Evaluation",
