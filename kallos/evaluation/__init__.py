@@ -125,6 +125,7 @@ __getattr__, __dir__, __all__ = lazy(
             "record_look",
             "span_of",
         ),
+        "ensemble_rows": ("cross_validate_ensemble", "look_once_ensemble", "read_ensemble", "split_by"),
         "evaluation": (
             "Evaluation",
             "EvaluateSettings",
