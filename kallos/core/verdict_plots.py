@@ -57,7 +57,7 @@ def plot_calibration(
     axes = {"xaxis_tickformat": ".0%", "yaxis_tickformat": ".0%", "xaxis_range": span, "yaxis_range": span}
     return finish_figure(figure, "May they be taken at their word?", x="probability given", y="came true", **axes)
 
-
+# %% ../../nbs/core/06b_verdict_plots.ipynb #bdec244d
 def _span(bins: pd.DataFrame) -> list[float]:
     """The range of both axes, with all bins and their intervals in it."""
     shown = bins.reindex(columns=["probability", "share", "lower", "upper"])

@@ -53,7 +53,7 @@ def mincer_zarnowitz(
         raise DataError("a class is no number", "label", "Calibrate its probabilities by `class_calibration`.")
     return _line(*_changes(forecasts), horizon=int(forecasts["horizon"].iloc[0]), level=level)
 
-
+# %% ../../nbs/evaluation/32g_calibration.ipynb #929ee46e
 def _line(said: np.ndarray, came: np.ndarray, *, horizon: int, level: float) -> Calibration:
     from statsmodels.api import OLS, add_constant
 
