@@ -116,7 +116,7 @@ def class_calibration(
     found = {_NAMES[k]: _line(given[:, k] - naive[:, k], came[:, k] - naive[:, k], **how) for k in possible}
     return ClassCalibration(len(rows), calibration_error(rows), found, _of_classes(found, how["level"]))
 
-
+# %% ../../nbs/evaluation/32g_calibration.ipynb #bf99e70c
 def _of_classes(found: dict[str, Calibration], level: float) -> str:
     if all(math.isnan(one.slope) for one in found.values()):
         return "The probabilities never differ from the naive ones by more than a constant: nothing to calibrate."

@@ -41,7 +41,7 @@ def load_all_rows(
     table = load_features_from_db(settings.asset_id, None, db, timeframe=settings.timeframe, columns=names)
     return add_target(table, settings.target_col, timeframe=settings.timeframe)
 
-
+# %% ../../nbs/evaluation/32h_held_out.ipynb #b730c74c
 def can_be_tested(
     table: pd.DataFrame,  # all rows
     settings: FoldSettings,  # end date and horizon
