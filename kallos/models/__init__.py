@@ -61,6 +61,7 @@ __getattr__, __dir__, __all__ = lazy(
             "complete_from_splits",
             "load_labelled",
             "load_rows",
+            "tables_digest",
         ),
         "products": (
             "LANES",
@@ -136,8 +137,10 @@ __getattr__, __dir__, __all__ = lazy(
             "study_storage",
         ),
         "label_forecasts": (
+            "class_frequencies",
             "direct_forecasts",
             "fold_score",
+            "forecast_ends",
             "label_table",
             "naive_forecasts",
         ),
@@ -292,6 +295,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "stacked_folds": (
             "StackedFolds",
+            "known_times",
             "rows_to_fit",
             "stack_folds",
         ),
@@ -309,6 +313,7 @@ __getattr__, __dir__, __all__ = lazy(
             "BaseModel",
             "ENSEMBLE_FILE",
             "Ensemble",
+            "align_said",
             "assemble",
             "load_ensemble",
             "load_ensemble_rows",
