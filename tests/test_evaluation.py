@@ -118,7 +118,9 @@ def test_another_model_on_the_same_rows_is_a_second_look(page, tmp_path):
     folder = shutil.copytree(page[0], tmp_path / "copy")
     words = ("evaluate", *WHAT, "--params-file", "linear.json", "--schemes", "cv", "--importance-repeats", 0)
     said = run(folder, *words, "--no-report")
-    assert "were looked at 2 times" in said and "names no study" in said
+    assert "were looked at 2 times" in said and "less than 2.50% of cases" in said and "names no study" in said
+    found = read_json(folder / "linear_BTC_evaluation" / "evaluation.json")
+    assert (found["level"], found["held_out"]["level"]) == (0.05, 0.025)
     assert len(read_json(folder / "BTC_1d_test_looks.json")["looks"]) == 2
     again = run(folder, *words, "--no-report")
     assert again == said

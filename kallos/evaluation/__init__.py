@@ -117,11 +117,15 @@ __getattr__, __dir__, __all__ = lazy(
         "held_out": (
             "HeldOut",
             "can_be_tested",
+            "forecast_held_out",
             "load_all_rows",
             "look_once",
             "looks_path",
+            "model_key",
             "record_look",
+            "span_of",
         ),
+        "ensemble_rows": ("cross_validate_ensemble", "look_once_ensemble", "read_ensemble", "split_by"),
         "evaluation": (
             "Evaluation",
             "EvaluateSettings",

@@ -151,9 +151,8 @@ def _headline(
     if held is None:
         begin = f"{answer} before {end}; no row after it is left to decide, and these rows chose the parameters"
     elif not held.is_first:
-        begin += (
-            f" but were looked at {len(held.looks)} times, with other parameters or models, so that luck is likelier"
-        )
+        asked = f"so that chance must explain it in less than {settings.level / len(held.looks):.2%} of cases"
+        begin += f" but were looked at {len(held.looks)} times, with other parameters or models, {asked}"
     others = ", ".join(f"{scheme} {_said_by(paths)}" for scheme, paths in verdicts.items())
     return f"{begin}: {detail[0].lower()}{detail[1:]}. The rows before {end}: {others}."
 
@@ -212,7 +211,9 @@ def _record(evaluation: Evaluation) -> dict[str, Any]:
         "sentence": e.sentence, "has_skill": e.has_skill, "level": e.settings.level, "fee": e.settings.fee,
         "answers": answers(e).reset_index().to_dict("records"), "folds": folds,
         "paths": {scheme: path_scores(paths).to_dict("records") for scheme, paths in e.verdicts.items()},
-        "held_out": held and {"looks": held.looks, "verdict": asdict(e.held_out_verdict)},
+        "held_out": held and {
+            "looks": held.looks, "level": e.settings.level / len(held.looks), "verdict": asdict(e.held_out_verdict),
+        },
         "calibration": asdict(e.calibration), "search": search, "search_sentence": e.search_sentence,
         "importance": e.importance.to_dict("records"),
     }  # fmt: skip
@@ -252,7 +253,8 @@ def evaluate(
     held, table = _held_out(settings, db)
     fallback = next(name for name in ("walk-forward", *settings.schemes) if name in runs)
     judged = held.forecasts if held else runs[fallback].paths[0]
-    deciding = [judge_path(judged, fee=settings.fee, level=settings.level)] if held else verdicts[fallback]
+    level = settings.level / len(held.looks) if held else settings.level
+    deciding = [judge_path(judged, fee=settings.fee, level=level)] if held else verdicts[fallback]
     search, words = judge_its_search(settings, db=db)
     found = Evaluation(
         settings, _said_by(deciding) == "skill", _headline(settings, held, deciding, verdicts), runs, verdicts,

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy(
             "inverse_target",
         ),
         "datasets": (
+            "Blocks",
             "DartsFold",
             "TARGETS",
             "VALIDATION_SHARE",
@@ -319,9 +320,6 @@ __getattr__, __dir__, __all__ = lazy(
             "load_ensemble_rows",
             "path_deviations",
         ),
-        "ensemble_training": (
-            "TrainedEnsemble",
-            "train_ensemble",
-        ),
+        "ensemble_training": ("TrainedEnsemble", "out_of_sample", "train_ensemble"),
     },
 )

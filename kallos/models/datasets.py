@@ -238,9 +238,7 @@ def _refuse_short(fold: int, shortest: int, **sides: tuple[list, list]) -> None:
             raise DataError(problem, received=shortest, next_step="Fill the gaps, or use a longer window.")
 
 # %% ../../nbs/models/21_datasets.ipynb #4b7a41a1
-Blocks = list[
-    tuple[int, int, int]
-]  # of each block the first row of its lead, its first row, and the row after its last
+Blocks = list[tuple[int, int, int]]  # of each block the first row of its lead, its first row, the row after it
 _TRUTH = ("close", "t1", "return_true")
 
 

@@ -20,8 +20,8 @@ from ..core.errors import ConfigError, DataError
 from ..data.features import bounds_of, group_of, is_signed
 
 # %% ../../nbs/models/20_preprocessing.ipynb #4cf5065b
-class FeatureTransformer(ColumnTransformer):
-    """A `ColumnTransformer` from frame to frame, which names missing columns and can scale its target back."""
+class _Frames(ColumnTransformer):
+    """A `ColumnTransformer` from frame to frame, which names missing columns."""
 
     def __init__(self, transformers: list[tuple[str, Any, list[int]]], names: list[str]):
         super().__init__(transformers)
@@ -41,6 +41,10 @@ class FeatureTransformer(ColumnTransformer):
 
     def _framed(self, X: pd.DataFrame, scaled: np.ndarray) -> pd.DataFrame:
         return pd.DataFrame(scaled, index=X.index, columns=self.names)
+
+# %% ../../nbs/models/20_preprocessing.ipynb #bd34629f
+class FeatureTransformer(_Frames):
+    """A `ColumnTransformer` from frame to frame, which names missing columns and can scale its target back."""
 
     @property
     def target_scaler(self) -> StandardScaler:
