@@ -39,7 +39,7 @@ def _settings(given: dict[str, Any]) -> "EvaluateSettings":
     check_hyperparameters(settings.model_name, found, horizon=settings.horizon)
     return settings
 
-
+# %% ../nbs/59f_evaluate_commands.ipynb #404287a9
 def _report(settings: "EvaluateSettings") -> Path:
     return settings.folder / f"{settings.title}_{settings.asset_id}_evaluate.ipynb"
 
