@@ -147,11 +147,16 @@ def _train_on_labels(given: dict[str, Any]) -> None:
 
 # %% ../nbs/59c_run_commands.ipynb #cb2e0606
 def _in_words(
-    metrics: dict[str, float],  # of the best trial: rmse, rmse_naive, rmse_price, rmse_price_naive, skill
+    metrics: dict[str, float],  # of the best trial: score, score_naive, rmse, rmse_naive, rmse_price..., skill
+    *,
+    of_classes: bool = False,  # whether the score is the root of the Brier score
 ) -> str:
     """The metrics as a sentence."""
     percent = round(100 * (metrics["skill"] or 0), 1)
     verdict = ("no better", "better", "worse")[(percent > 0) - (percent < 0)]
+    if of_classes:
+        said = "root of the Brier score {score:,.4g} (naive {score_naive:,.4g})".format(**metrics)
+        return f"{said}; {percent:+.1f} % of the Brier score saved ({verdict} than naive)"
     said = "RMSE {rmse:,.4g} (naive {rmse_naive:,.4g})"
     if metrics["rmse_price"] == metrics["rmse_price"] is not None:  # a class names no price
         said += ", in price {rmse_price:,.4g} (naive {rmse_price_naive:,.4g})"
@@ -179,7 +184,8 @@ def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) ->
     best = read_json(file, what="parameters file")
     typer.echo(f"{best['study_name']}: {best['n_trials']} finished trials; the best is number {best['trial']}")
     sentence = judge_best_trial(settings, db=db_url).sentence
-    typer.echo(f"{_in_words(best['metrics'])}\nOn the folds that chose it: {sentence}")
+    said = _in_words(best["metrics"], of_classes=settings.target_col == "label")
+    typer.echo(f"{said}\nOn the folds that chose it: {sentence}")
     typer.echo(f"The search charged: {judge_search(settings, db=db_url).sentence}")
     _tell_files(settings, "*_best_params.json", "optuna.db", *(() if no_report else ("*_tune.ipynb", "*_tune.html")))
     run = {"model-name": settings.model_name, "asset-id": settings.asset_id, "params-file": file}
@@ -196,7 +202,7 @@ def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
     from kallos.models.parameters import read_params
 
     if metrics := read_params(settings.params_file).get("metrics"):
-        typer.echo(f"As tuned: {_in_words(metrics)}")
+        typer.echo(f"As tuned: {_in_words(metrics, of_classes=settings.target_col == 'label')}")
     reports = () if no_report else ("*_train.ipynb", "*_train.html")
     _tell_files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
     tell_next("kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included")

@@ -399,9 +399,10 @@ def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_al
             "no features of 'ETH' in '1d'",
         ),
         (WHAT, "Missing option '--models'"),
+        ((*WHAT, "--models", "linear"), "an ensemble needs at least two models"),
         ((*WHAT, *TWO, "--dask-scheduler", "tcp://127.0.0.1:1"), "no Dask scheduler answers"),
     ],
-    ids=["no file", "few groups", "idle option", "no features", "no models", "no scheduler"],
+    ids=["no file", "few groups", "idle option", "no features", "no models", "one model", "no scheduler"],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(words, message, folder):
     assert_refused(folder, "ensemble", *words, message=message)

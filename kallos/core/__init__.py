@@ -99,6 +99,7 @@ __getattr__, __dir__, __all__ = lazy(
             "forecast_prices",
             "mae",
             "mape",
+            "mase",
             "r2",
             "relative_mae",
             "rmse",

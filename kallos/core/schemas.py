@@ -202,6 +202,7 @@ FORECASTS = pa.DataFrameSchema(
         **{name: _number(f"{name} of the interval", required=False) for name in ("y_lower", "y_upper")},
         **{name: _share(f"probability: {name}") for name in (*PROBABILITIES, *NAIVE_PROBABILITIES)},
         "return_true": _number("log return from ts to target_ts", required=False),
+        "naive_scale": _number("mean absolute error of the naive forecast over the training rows", required=False),
     },
     checks=[_AFTER, *_CLASSES],
     unique=[*FORECAST_KEYS, "ts"],

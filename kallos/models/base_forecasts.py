@@ -29,6 +29,7 @@ from .cross_validation import ValidationSettings, create_splitter, paths_of, run
 from .ensembles import Aligned, EnsembleMethod, align_forecasts
 from .labelled import complete_from_splits, load_rows, tables_digest
 from .parameters import merge_params, read_params
+from .purged_folds import can_forecast, empty_folds
 from .stacked_folds import known_times
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #630a5249
@@ -169,6 +170,9 @@ def ensemble_settings(
     if not asset or not models:
         raise ConfigError("an ensemble needs an asset_id and models", [asset, models], "Name them, e.g. gru,lstm.")
     members = [_member(text, asset) for text in (models.split(",") if isinstance(models, str) else models)]
+    if len(members) < 2:
+        todo = "Name two or more with commas between, e.g. gru,lstm; `kallos-run cv` judges a single model."
+        raise ConfigError("an ensemble needs at least two models", models, todo)
     own = {name: given.pop(name) for name in (*EnsembleMethod.model_fields, "name") if name in given}
     found = _params_files(members, files, Path(given.get("output_path") or project_root()))
     bases = [_base(given, *member, file, source) for member, file in zip(members, found, strict=True)]
@@ -211,8 +215,7 @@ def times_to_forecast(
     horizon: int,  # bars ahead
 ) -> pd.DatetimeIndex:
     """The times for which every base model has a whole input window."""
-    runs = pd.Series(segment_ids(ts, timeframe=timeframe))
-    return ts[(runs.groupby(runs).cumcount() >= lookback + horizon - 1).to_numpy()]
+    return ts[can_forecast(ts, timeframe=timeframe, lookback=lookback, horizon=horizon)]
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #bda1b163
 @dataclass(frozen=True)
@@ -260,6 +263,18 @@ def longest_lookback(
     """The longest input window of the base models, in bars; ConfigError on unusable hyperparameters."""
     return max(_hyperparameters(base)["input_chunk_length"] for base in settings.bases)
 
+# %% ../../nbs/models/27b_base_forecasts.ipynb #9ae22a4d
+def _inner_splitter(settings: EnsembleSettings) -> CombinatorialPurgedCV | None:
+    """What makes the fits to learn from, None where those to judge serve; ConfigError on more than could ever end."""
+    if not settings.is_fitted or settings.own.scheme == "walk-forward":
+        return None
+    n_groups, n_tested = _groups(settings.own)
+    try:
+        return CombinatorialPurgedCV(n_groups, n_tested + 1, horizon=settings.own.horizon, embargo=settings.own.embargo)
+    except ConfigError as error:
+        made = f"a fitted combination leaves out one group more than it judges, {n_tested + 1} of {n_groups}"
+        raise ConfigError(f"{made}: {error}") from None
+
 # %% ../../nbs/models/27b_base_forecasts.ipynb #2a417fda
 def _learn_from(
     fold: int, tables: Tables, groups: list[tuple[int, ...]], inner: list[tuple[int, ...]], edges: np.ndarray
@@ -278,15 +293,13 @@ def _known(
     settings: EnsembleSettings, data: Tables, splitter: Splitter, whole: Aligned, progress: bool
 ) -> Callable[[int], Aligned]:
     """What may be learned from for a fold, by its number."""
-    if not settings.is_fitted or settings.own.scheme == "walk-forward":
+    if (inner := _inner_splitter(settings)) is None:
         number = whole.rows["fold"].to_numpy()
         return lambda fold: whole.select(number < fold)
-    n_groups, n_tested = _groups(settings.own)
-    purge, ts = {"horizon": settings.own.horizon, "embargo": settings.own.embargo}, data[settings.labels[0]].index
-    inner = CombinatorialPurgedCV(n_groups, n_tested + 1, **purge)
+    ts = data[settings.labels[0]].index
     tables = _run(settings, data, inner, progress)
     tables = {label: table.assign(row=ts.get_indexer(known_times(table))) for label, table in tables.items()}
-    layout = splitter.test_groups(), inner.test_groups(), group_edges(len(ts), n_groups)
+    layout = splitter.test_groups(), inner.test_groups(), group_edges(len(ts), inner.n_groups)
     return lambda fold: align_forecasts(_learn_from(fold, tables, *layout), asset_id=settings.asset_id)
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #c26b0ace
@@ -297,9 +310,11 @@ def forecast_bases(
     progress: bool = True,  # a progress bar on standard error for each model
 ) -> BaseForecasts:
     """The base models' forecasts; folds that any ensemble of the folder has fitted before are not fitted again."""
+    _inner_splitter(settings)  # refuses more fits than could ever end
     data = load_bases(settings, db)
     ts, align = data[settings.labels[0]].index, partial(align_forecasts, asset_id=settings.asset_id)
     splitter = create_splitter(settings.own, len(ts))
+    empty_folds(data[settings.labels[0]], splitter, settings=settings.own, lookback=longest_lookback(settings))
     tables = _run(settings, data, splitter, progress)
     whole = align({label: paths_of(table, splitter, ts)[0] for label, table in tables.items()})
     folds = sorted({*tables[settings.labels[0]]["fold"]})

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'FoldSettings', 'ValidationSettings', 'create_splitter', 'fold_key', 'run_parts', 'keep_table',
-           'spread_folds', 'fold_keys', 'run_folds', 'paths_of', 'CrossValidation', 'validation_folder',
-           'open_validation', 'cross_validate']
+           'spread_folds', 'fold_keys', 'skip_empty', 'join_tables', 'run_folds', 'paths_of', 'CrossValidation',
+           'validation_folder', 'open_validation', 'cross_validate']
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #cc14b535
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from .datasets import DartsFold, data_record
 from .fits import FitPlan
 from .labelled import load_rows
 from .parameters import read_params
-from .purged_folds import fold_from_parts
+from .purged_folds import empty_folds, empty_forecasts, fold_from_parts, warn_empty
 from .validation import FoldResult, run_fold
 from .workers import dask_client
 
@@ -197,6 +197,26 @@ def fold_keys(
     parts = enumerate(splitter.parts(table))
     return [fold_key(settings, hyperparameters, part, fold=fold, rows=rows) for fold, part in parts]
 
+# %% ../../nbs/models/24l_cross_validation.ipynb #75fc1246
+def skip_empty(
+    table: pd.DataFrame,  # rows by `ts`
+    splitter: Splitter,  # that makes the folds
+    hyperparameters: dict[str, Any],  # of the model
+    *,
+    settings: FoldSettings,  # of the run
+) -> set[int]:
+    """The folds that cannot be forecast, said in a warning; DataError if too few rows can be to judge anything."""
+    empty = empty_folds(table, splitter, settings=settings, lookback=hyperparameters["input_chunk_length"])
+    warn_empty(empty, splitter.get_n_splits(table))
+    return empty
+
+
+def join_tables(
+    paths: Iterable[Path],  # Parquet files of one kind of table
+) -> pd.DataFrame:
+    """The rows of all of them, one after the other."""
+    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+
 # %% ../../nbs/models/24l_cross_validation.ipynb #a17b03c9
 def run_folds(
     table: pd.DataFrame,  # rows by `ts`, with features and target
@@ -208,13 +228,16 @@ def run_folds(
     progress: bool = True,  # a progress bar on standard error
 ) -> pd.DataFrame:
     """The Forecasts table of all folds; folds that the folder already holds are not fitted again."""
+    empty = skip_empty(table, splitter, hyperparameters, settings=settings)
     paths = [folder / f"{key}.parquet" for key in fold_keys(table, splitter, hyperparameters, settings=settings)]
     todo = {fold for fold, path in enumerate(paths) if not path.exists()}
+    for fold in empty & todo:
+        keep_table(empty_forecasts(table, settings), paths[fold])
     run = partial(_fit_one, hyperparameters=hyperparameters, settings=settings)
-    how = {"todo": todo, "settings": settings, "progress": progress}
+    how = {"todo": todo - empty, "settings": settings, "progress": progress}
     for fold, forecasts in spread_folds(run, table, splitter, **how):
         keep_table(forecasts, paths[fold])
-    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+    return join_tables(path for fold, path in enumerate(paths) if fold not in empty)
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #8e5b8eaa
 def paths_of(

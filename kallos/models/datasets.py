@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'VALIDATION_SHARE', 'Blocks', 'load_features_from_db', 'add_target', 'load_table', 'warn_without_test',
-           'data_record', 'calculate_dynamic_wf_kwargs', 'get_walk_forward_splits', 'DartsFold', 'fold_from_blocks',
-           'prepare_darts_timeseries']
+           'data_record', 'calculate_dynamic_wf_kwargs', 'get_walk_forward_splits', 'DartsFold', 'naive_error',
+           'fold_from_blocks', 'prepare_darts_timeseries']
 
 # %% ../../nbs/models/21_datasets.ipynb #89ae94bd
 from collections.abc import Iterator
@@ -178,6 +178,7 @@ class DartsFold:
     truth: pd.DataFrame  # close and target, unscaled, of the validation rows and the rows before them
     stop: list[tuple[TimeSeries, TimeSeries]] | None = None  # as `val`, for early stopping; None: `val` itself
     weights: list[TimeSeries] | None = None  # sample weights beside the targets of `train`; None: all alike
+    naive_scale: float = float("nan")  # mean absolute error of the naive forecast over the training rows; of no class
 
 # %% ../../nbs/models/21_datasets.ipynb #65018f2c
 @dataclass(frozen=True)
@@ -251,6 +252,24 @@ def _tested(fold: int, rows: _Rows, blocks: Blocks, shortest: int) -> tuple[list
     used = [np.arange(lead, stop) for lead, _, stop in found]
     return [span for spans in found.values() for span in spans], np.unique(np.concatenate([[], *used])).astype(int)
 
+# %% ../../nbs/models/21_datasets.ipynb #c3d71e94
+def naive_error(
+    stretches: list[pd.Series],  # the target in rows without a gap, in its own unit
+    target_col: str,  # what it is
+    *,
+    horizon: int = 1,  # bars ahead
+) -> float:
+    """The mean absolute error of the naive forecast; NaN for a class, or if no row is its horizon behind another."""
+    if target_col == "label":
+        return float("nan")
+    if target_col == "return":  # each row holds the return up to its label's end
+        missed = stretches
+    elif target_col == "log_return":
+        missed = [values.rolling(horizon).sum().iloc[horizon:] for values in stretches]
+    else:
+        missed = [values.diff(horizon) for values in stretches]
+    return float(pd.concat([values.dropna() for values in missed]).abs().mean())
+
 # %% ../../nbs/models/21_datasets.ipynb #0358fc63
 def fold_from_blocks(
     table: pd.DataFrame,  # (n) rows by `ts`, with target and features
@@ -274,7 +293,8 @@ def fold_from_blocks(
     _refuse_short(fold, shortest, training=(train, kept), validation=(tested, val), stopping=(stop or [], halt))
     truth = table.iloc[used][[name for name in dict.fromkeys([*_TRUTH, target_col]) if name in table]]
     made = DartsFold(fold, rows.pairs(kept), rows.pairs(val), lookback, transformer, truth)
-    return replace(made, stop=rows.pairs(halt) if stop else None, weights=rows.weights(kept))
+    scale = naive_error([table[target_col].iloc[slice(*span)] for span in kept], target_col, horizon=horizon)
+    return replace(made, stop=rows.pairs(halt) if stop else None, weights=rows.weights(kept), naive_scale=scale)
 
 # %% ../../nbs/models/21_datasets.ipynb #08111aee
 def prepare_darts_timeseries(

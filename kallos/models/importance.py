@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from darts import TimeSeries
 
+# %% ../../nbs/models/24m_importance.ipynb #570fc127
 from ..core.classification import brier_losses, class_probabilities
 from ..core.config import FeatureGroups
 from ..core.devices import limit_threads
@@ -23,7 +24,15 @@ from ..core.metrics import rmse
 from ..core.runs import derive_seed
 from ..data.splits import Splitter
 from .architectures import choose_device
-from .cross_validation import FoldSettings, fold_keys, keep_table, run_parts, spread_folds
+from kallos.models.cross_validation import (
+    FoldSettings,
+    fold_keys,
+    join_tables,
+    keep_table,
+    run_parts,
+    skip_empty,
+    spread_folds,
+)
 from .datasets import DartsFold
 from .validation import FoldResult, forecast_fold
 
@@ -119,16 +128,16 @@ def run_importance(
     progress: bool = True,  # a progress bar on standard error
 ) -> pd.DataFrame:
     """The rows of `fold_importance` of all folds; folds that the folder already holds are not fitted again."""
-    keys = fold_keys(table, splitter, hyperparameters, settings=settings)
-    paths = [folder / "importance" / f"{key}_{n_repeats}_moves.parquet" for key in keys]
+    keys, empty = (f(table, splitter, hyperparameters, settings=settings) for f in (fold_keys, skip_empty))
+    names = {fold: f"{key}_{n_repeats}_moves.parquet" for fold, key in enumerate(keys) if fold not in empty}
+    paths = {fold: folder / "importance" / name for fold, name in names.items()}
     run = partial(_fit_and_move, hyperparameters=hyperparameters, settings=settings, n_repeats=n_repeats)
-    how = {"todo": {fold for fold, path in enumerate(paths) if not path.exists()}, "settings": settings}
+    how = {"todo": {fold for fold, path in paths.items() if not path.exists()}, "settings": settings}
     for fold, (forecasts, found) in spread_folds(run, table, splitter, progress=progress, **how):
-        kept = folder / "folds" / f"{keys[fold]}.parquet"
-        if not kept.exists():
+        if not (kept := folder / "folds" / f"{keys[fold]}.parquet").exists():
             keep_table(forecasts, kept)
         keep_table(found, paths[fold])
-    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+    return join_tables(paths.values())
 
 # %% ../../nbs/models/24m_importance.ipynb #2241f775
 def summarise_importance(

@@ -75,7 +75,7 @@ def label_table(
     about = {"asset_id": settings.asset_id, "timeframe": settings.timeframe, "model": settings.model_name}
     about |= {"fold": fold.fold, "horizon": settings.horizon, "target": settings.target_col}
     about |= {"close_at_ts": fold.truth["close"][ts].to_numpy(), "y_true": truth[settings.target_col].to_numpy()}
-    said = _returns(found) if found.ndim == 1 else _classes(fold, found, truth["return_true"].to_numpy())
+    said = _returns(fold, found) if found.ndim == 1 else _classes(fold, found, truth["return_true"].to_numpy())
     table = pd.DataFrame({"ts": ts, "target_ts": truth["t1"].to_numpy(), **about, **said})
     return check_table(table.sort_values("ts", ignore_index=True), FORECASTS, what="the fold's forecasts")
 
@@ -88,8 +88,9 @@ def class_frequencies(
     return np.array([np.mean(seen == value) for value in CLASSES])
 
 
-def _returns(found: np.ndarray) -> dict[str, np.ndarray]:
-    return {"y_pred": found, "y_naive": np.zeros(len(found))}
+def _returns(fold: DartsFold, found: np.ndarray) -> dict[str, np.ndarray]:
+    nothing = np.zeros(len(found))
+    return {"y_pred": found, "y_naive": nothing, "naive_scale": nothing + fold.naive_scale}
 
 
 def _classes(fold: DartsFold, found: np.ndarray, earned: np.ndarray) -> dict[str, np.ndarray]:

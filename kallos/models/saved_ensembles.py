@@ -8,6 +8,7 @@ __all__ = ['ENSEMBLE_FILE', 'path_deviations', 'BaseModel', 'align_said', 'Ensem
 
 # %% ../../nbs/models/27c_saved_ensembles.ipynb #a27105d9
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import pandas as pd
 from darts import TimeSeries
 
 from ..core.config import RunSettings, parse_moment, read_feature_groups
-from ..core.errors import ArtifactError, DataError
+from ..core.errors import ArtifactError, ConfigError, DataError
 from ..core.runs import read_json, verify_manifest
 from ..core.schemas import NAIVE_PROBABILITIES, timeframe_delta
 from ..data.bars import segment_ids
@@ -121,6 +122,8 @@ class Ensemble:
         n_rows: int = 1,  # forecasts, after each of the last rows
     ) -> pd.DataFrame:
         """The forecasts after the last rows, a Forecasts table but for `fold` and `y_true`; DataError on a gap."""
+        if not isinstance(n_rows, Integral) or n_rows < 1:
+            raise ConfigError("n_rows must be a whole number of at least 1", n_rows, "Leave it out for the last row.")
         by_asset = {self.asset_id: tables} if isinstance(tables, pd.DataFrame) else tables
         rows = _rows_ahead(self, by_asset, n_rows)
         found = [_said(base, by_asset[base.settings["asset_id"]], n_rows) for base in self.bases]

@@ -148,6 +148,7 @@ def _forecast_table(
     }
     about = {"horizon": settings.horizon, "target": settings.target_col, "close_at_ts": close[ts].to_numpy()}
     numbers = {"y_true": y_true, "y_pred": y_pred.astype("float64"), "y_naive": y_naive}
+    numbers["naive_scale"] = fold.naive_scale
     table = pd.DataFrame({"ts": ts, "target_ts": target_ts, **names, **about, **numbers})
     return check_table(table.sort_values("ts", ignore_index=True), FORECASTS, what="the fold's forecasts")
 

@@ -189,10 +189,15 @@ def dask_client(
     """A connection to the cluster, to be closed; ConfigError if there is none or Dask is not installed."""
     try:
         from distributed import Client
+        from distributed.comm import parse_address, parse_host_port
+        from distributed.comm.registry import get_backend
     except ImportError:
         todo = "Install it: pip install 'kallos[dask]'."
         raise ConfigError("--dask-scheduler needs Dask, which is not installed", next_step=todo) from None
     try:
+        scheme, place = parse_address(address)  # a Client that stumbles over these would say so when it is collected
+        get_backend(scheme)
+        parse_host_port(place)
         return Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         todo = "Give the address that the scheduler printed when it started, e.g. tcp://127.0.0.1:8786."
