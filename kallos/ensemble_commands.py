@@ -24,24 +24,25 @@ def _tell(run: "TrainedEnsemble", sentence: str) -> None:
     shares = dict(zip(run.combination.models, weights, strict=False)) if run.combination.rule == "weights" else {}
     paths = len(run.validation.paths)
     count = f"{forecasts['fold'].nunique()} folds, {len(forecasts):,} forecasts, {paths} path{'s' * (paths > 1)}"
-    lines = [count, "", f"{'model':30} {'skill':>8} {'weight':>8}"]
+    error = "brier" if forecasts["target"].iloc[0] == "label" else "rmse"
+    lines = [count, "", f"{'model':36} {'Brier' if error == 'brier' else 'RMSE':>10} {'skill':>8} {'weight':>8}"]
     for model, score in run.scores.items():
         weight = f"{shares[model]:8.3f}" if model in shares else ""
-        lines.append(f"{model:30} {100 * score['skill']:6.2f} % {weight}".rstrip())
+        lines.append(f"{model:36} {score[error]:10.4g} {100 * score['skill']:6.2f} % {weight}".rstrip())
     typer.echo("\n".join([*lines, "", sentence]))
     files = [run.validation.folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
     tell_next(f"in Python: kallos.models.load_ensemble({str(files[-1])!r}).predict(rows)")
 
 # %% ../nbs/59e_ensemble_commands.ipynb #68fcb444
-_BASES = "asset_id models end_date params_files method weighting penalty holdout_share name timeframe target_col"
+_BASES = "asset_id models end_date splits params_files method weighting penalty holdout_share name timeframe target_col"
 _SPLITS = "feature_groups horizon scheme n_splits n_groups n_test_groups refit_every first_train_share train_window"
 _FIT = """embargo max_epochs patience exact train_stride max_samples_per_epoch seed device precision n_jobs
 dask_scheduler output_path db_url"""
 
 
 @command(
-    ensemble_app, f"{_BASES} {_SPLITS} {_FIT}", required="asset_id models",
+    ensemble_app, f"{_BASES} {_SPLITS} {_FIT}", required="models",
     example="--asset-id BTC --end-date 2023-01-01 --models gru,lstm,hist_gradient_boosting --method stacking",
     stopped="the folds that are done are kept, and the same command goes on from there.",
 )  # fmt: skip

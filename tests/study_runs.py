@@ -63,6 +63,31 @@ def start_tune(url: str, settings: TuneSettings, *, cwd: Path | None = None, **o
     return subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def start_command(folder: Path, *words: object) -> subprocess.Popen:
+    """A real `kallos-run` with these words, in that folder and without a database, in a process group of its own."""
+    command = [str(Path(sys.executable).with_name("kallos-run")), *map(str, words)]
+    environment = {name: value for name, value in os.environ.items() if name != "KALLOS_DB_URL"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def run_command(folder: Path, *words: object) -> str:
+    """What the command printed; it must succeed, and leave nothing behind that it complains of."""
+    process = start_command(folder, *words)
+    said, problem = process.communicate(timeout=240)
+    assert process.returncode == 0, problem
+    assert "Traceback" not in problem and "leaked" not in problem, problem
+    return said
+
+
+def assert_refused(folder: Path, *words: object, message: str) -> None:
+    """The command must print nothing but one message with this in it, and leave with exit code 2."""
+    process = start_command(folder, *words)
+    said, problem = process.communicate(timeout=100)
+    assert process.returncode == 2 and said == "", problem
+    assert message in problem and problem.splitlines()[-1].startswith("kallos-run: ") and "Traceback" not in problem
+
+
 @cache
 def _server(url: str, schema: str) -> optuna.storages.BaseStorage:
     return study_storage(small_settings(Path(), optuna_schema=schema), url)

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from distributed import LocalCluster
 
 from kallos.core.runs import read_json, verify_manifest, write_json
-from tests.study_runs import END, write_market
+from tests.study_runs import END, assert_refused, run_command, start_command, write_market
 
 WHAT = ["--asset-id", "BTC", "--end-date", END, "--params-file", "best.json"]
 LINEAR = {"model_name": "linear", "hyperparameters": {"input_chunk_length": 5, "alpha": 10.0}}
@@ -34,20 +33,14 @@ def folder(tmp_path) -> Path:
 
 
 def start(folder: Path, *words: object, params: dict = LINEAR) -> subprocess.Popen:
-    """The command line in that folder, in a process group of its own."""
+    """The command line in that folder, with the parameters in its best.json."""
     write_json(folder / "best.json", params)
-    command = [str(Path(sys.executable).with_name("kallos-run")), *map(str, words)]
-    environment = {name: value for name, value in os.environ.items() if name != "KALLOS_DB_URL"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    return start_command(folder, *words)
 
 
 def run(folder: Path, *words: object, params: dict = LINEAR) -> str:
-    process = start(folder, *words, params=params)
-    said, problem = process.communicate(timeout=240)
-    assert process.returncode == 0, problem
-    assert "Traceback" not in problem and "leaked" not in problem, problem
-    return said
+    write_json(folder / "best.json", params)
+    return run_command(folder, *words)
 
 
 @pytest.mark.slow
@@ -121,7 +114,5 @@ def test_the_workers_of_a_dask_cluster_give_what_one_process_gives(folder):
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value[:1] + value[7:])),
 )
 def test_wrong_input_is_one_message_and_exit_code_2(words, message, folder):
-    process = start(folder, *words)
-    said, problem = process.communicate(timeout=100)
-    assert process.returncode == 2 and said == "", problem
-    assert message in problem and problem.splitlines()[-1].startswith("kallos-run: ") and "Traceback" not in problem
+    write_json(folder / "best.json", LINEAR)
+    assert_refused(folder, *words, message=message)

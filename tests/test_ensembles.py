@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,19 +10,25 @@ import pandas as pd
 import pytest
 from sklearn.neighbors import KNeighborsRegressor
 
+from kallos.core.errors import ArtifactError
 from kallos.core.metrics import skill
 from kallos.core.runs import read_json, verify_manifest, write_json
+from kallos.core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
 from kallos.data.features import compute_features
 from kallos.data.purged import CombinatorialPurgedCV, PurgedKFold
 from kallos.data.sample import sample_bars
 from kallos.data.store import write_bars, write_features
 from kallos.data.tables import connect
 from kallos.evaluation.verdict import judge
-from kallos.models.base_forecasts import ensemble_settings, forecast_bases
+from kallos.models import base_forecasts, stacked_folds
+from kallos.models.base_forecasts import ensemble_settings, forecast_bases, longest_lookback
 from kallos.models.ensembles import EnsembleMethod, align_forecasts, fit_combination
+from kallos.models.labelled import tables_digest
+from kallos.models.partition import DataSettings, partition_bars
 from kallos.models.saved_ensembles import load_ensemble, load_ensemble_rows
 from kallos.models.stacked_folds import stack_folds
-from tests.study_runs import END, write_market
+from kallos.models.tables import write_tables
+from tests.study_runs import END, assert_refused, run_command, start_command, write_market
 
 LINEAR = {"input_chunk_length": 4, "alpha": 100.0}
 TREES = {"input_chunk_length": 3, "max_iter": 10, "max_leaf_nodes": 4}
@@ -51,10 +55,18 @@ TS = pd.date_range("2020-01-01", periods=N, freq="1D", tz="UTC")
 GROUP = np.arange(N) * FOLDS // N
 
 
-def forecasts_of(model: str, y_pred: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
+CLASSES = np.eye(3)
+
+
+def forecasts_of(model: str, said: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
+    """(N) numbers, or (N, 3) probabilities of classes."""
     names = {"asset_id": "BTC", "timeframe": "1d", "model": model, "fold": GROUP, "horizon": 1, "target": "log_return"}
     rows = pd.DataFrame({"ts": TS - pd.Timedelta("1D"), "target_ts": TS, **names, "close_at_ts": 100.0})
-    return rows.assign(y_true=truth, y_pred=y_pred, y_naive=0.0)
+    if said.ndim == 1:
+        return rows.assign(y_true=truth, y_pred=said, y_naive=0.0)
+    p = dict(zip(PROBABILITIES, said.T, strict=True)) | dict.fromkeys(NAIVE_PROBABILITIES, 1 / 3)
+    rows = rows.assign(target="label", y_true=truth.argmax(axis=1) - 1.0, y_pred=said[:, 2] - said[:, 0])
+    return rows.assign(y_naive=0.0, return_true=0.0, **p)
 
 
 def forecast_parts(inputs: np.ndarray, truth: np.ndarray, splitter) -> list[np.ndarray]:
@@ -63,18 +75,26 @@ def forecast_parts(inputs: np.ndarray, truth: np.ndarray, splitter) -> list[np.n
     return [KNeighborsRegressor(1).fit(inputs[train], truth[train]).predict(inputs) for train in folds]
 
 
-def by_heart(seed: int, seen: float = 0.0) -> dict[str, object]:
+def of_classes(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3) what happened, of three classes that are as frequent, and the forecasts of a model of no worth."""
+    noise = 1 / 3 + rng.uniform(-0.1, 0.1, (N, 3))
+    return CLASSES[rng.integers(0, 3, N)], noise / noise.sum(axis=1, keepdims=True)
+
+
+def by_heart(seed: int, seen: float = 0.0, classes: bool = False) -> dict[str, object]:
     """A nearest neighbour's forecasts of a martingale, out of sample and in sample, beside a model of some worth."""
     rng = np.random.default_rng(seed)
     inputs, truth = rng.normal(size=(N, 3)), rng.normal(0, 0.03, N)
-    fair = forecasts_of("fair", seen * truth + rng.normal(0, 0.01, N), truth)
-    kfold, pairs = PurgedKFold(FOLDS), CombinatorialPurgedCV(FOLDS, 2)
-    outside = np.choose(GROUP, forecast_parts(inputs, truth, kfold))
+    said = seen * truth + rng.normal(0, 0.01, N)
+    truth, said = of_classes(rng) if classes else (truth, said)
+    fair, kfold, pairs = forecasts_of("fair", said, truth), PurgedKFold(FOLDS), CombinatorialPurgedCV(FOLDS, 2)
+    outside = np.stack(forecast_parts(inputs, truth, kfold))[GROUP, np.arange(N)]
     inside = KNeighborsRegressor(1).fit(inputs, truth).predict(inputs)
     nested = dict(zip(pairs.test_groups(), forecast_parts(inputs, truth, pairs), strict=True))
 
     def known(fold: int):
-        said = np.array([nested[tuple(sorted({g, fold}))][i] if g != fold else 0.0 for i, g in enumerate(GROUP)])
+        none = np.zeros_like(truth[0])
+        said = np.array([nested[tuple(sorted({g, fold}))][i] if g != fold else none for i, g in enumerate(GROUP)])
         return aligned(said).select(fold != GROUP)
 
     def aligned(said: np.ndarray):
@@ -115,6 +135,19 @@ def test_the_same_stack_would_be_fooled_by_forecasts_in_sample(name):
     assert judge(fooled).has_skill
     trusting = stacked(made["outside"], lambda fold: inside.select(number != fold), how)
     assert skill(trusting["y_true"], trusting["y_pred"], trusting["y_naive"]) < -0.5  # pays for its trust
+
+
+@pytest.mark.parametrize("name", ["stacking", "blending", "inverse error"])
+def test_a_classifier_that_learned_its_rows_by_heart_gains_nothing(name):
+    how = EnsembleMethod(**METHODS[name])
+    for seed in range(3):
+        made = by_heart(seed, classes=True)
+        assert not judge(stacked(made["outside"], made["known"], how)).has_skill
+    inside = made["inside"]  # and the test can fail: in sample the classifier is always right
+    number = inside.rows["fold"].to_numpy()
+    assert judge(stacked(inside, lambda fold: inside.select(number != fold), how)).has_skill
+    trusting = judge(stacked(made["outside"], lambda fold: inside.select(number != fold), how))
+    assert trusting.skill < -0.3  # pays for its trust
 
 
 def test_a_model_of_worth_is_found_beside_one_that_learned_by_heart():
@@ -206,11 +239,9 @@ def test_what_comes_after_a_window_changes_nothing_in_it(tmp_path, monkeypatch):
         write_json(tmp_path / f"{name}_BTC_best_params.json", params)
     how = {"scheme": "walk-forward", "refit_every": 100}
     ours = all_ways(tmp_path, url, "linear,hist_gradient_boosting", **how)
-    from kallos.models import base_forecasts
-
     last = ours["mean"]["fold"].max() - 1
     end = ours["mean"].loc[ours["mean"]["fold"] == last, "target_ts"].max()
-    load = base_forecasts.load_table
+    load = base_forecasts.load_rows
 
     def wild(settings, db):
         table = load(settings, db)
@@ -218,12 +249,98 @@ def test_what_comes_after_a_window_changes_nothing_in_it(tmp_path, monkeypatch):
         table.loc[later] = table[later].sample(frac=1, random_state=0).to_numpy()
         return table
 
-    monkeypatch.setattr(base_forecasts, "load_table", wild)
+    monkeypatch.setattr(base_forecasts, "load_rows", wild)
     theirs = all_ways(tmp_path, url, "linear,hist_gradient_boosting", **how)
     for name in METHODS:
         before, after = (made[name][made[name]["fold"] <= last] for made in (ours, theirs))
         assert len(before) > 100 and before.equals(after), name
         assert not ours[name].equals(theirs[name])
+
+
+# Labelled tables
+
+PAIR = "logistic_classifier,hist_gradient_boosting_classifier"
+
+
+def label_folder(folder: Path, *, end: str = "2022-12-31") -> Path:
+    """The folder, with labelled tables of a market with a gap, and what tune would have left of four models."""
+    bars = sample_bars(timeframe="1d", start="2019-01-01", end=end, seed=2).drop(range(900, 903))
+    made = DataSettings(asset_id="BTC", horizons="5", output_path=folder / "splits")
+    write_tables(partition_bars(bars.reset_index(drop=True), settings=made))
+    tables = {"tables": tables_digest(folder / "splits"), "horizon": 5}
+    for model, params in {
+        "logistic_classifier": {"input_chunk_length": 2, "C": 0.001},
+        "hist_gradient_boosting_classifier": TREES,
+        "linear": LINEAR,
+        "hist_gradient_boosting": TREES,
+    }.items():
+        write_json(folder / f"{model}_BTC_best_params.json", tables | {"hyperparameters": params})
+    return folder
+
+
+def touching(rows: pd.DataFrame, judged: pd.DataFrame) -> int:
+    """How many of the rows have a label whose span shares a moment with that of a judged one."""
+    ours, theirs = ((table["ts"].to_numpy(), table["target_ts"].to_numpy()) for table in (rows, judged))
+    overlap = (ours[0][:, None] <= theirs[1]) & (ours[1][:, None] >= theirs[0])
+    return int(overlap.any(axis=1).sum())
+
+
+@pytest.mark.slow
+def test_no_combination_is_fitted_on_a_label_that_touches_a_judged_one(tmp_path, monkeypatch):
+    folder, fitted = label_folder(tmp_path), []
+    fit = stacked_folds.fit_combination
+    monkeypatch.setattr(stacked_folds, "fit_combination", lambda base, how: fitted.append(base.rows) or fit(base, how))
+    ways = {
+        "cv": {"models": PAIR, "n_splits": 4},
+        "cpcv": {"models": PAIR, "n_groups": 4, "n_test_groups": 2},
+        "walk-forward": {"models": "linear,hist_gradient_boosting", "refit_every": 90},
+    }
+    for scheme, how in ways.items():
+        settings = ensemble_settings({"splits": folder / "splits", "output_path": folder, "scheme": scheme} | how)
+        bases, before = forecast_bases(settings, progress=False), scheme == "walk-forward"
+        reach, unpurged = {"lookback": longest_lookback(settings), "only_before": before}, 0
+        fitted.clear()
+        made = stack_folds(bases.tested, bases.known, settings, name="stack", **reach)
+        for fold, rows in zip(made.combinations, fitted, strict=True):
+            judged = bases.tested[fold].rows
+            assert len(rows) >= 50 and touching(rows, judged) == 0
+            last = rows["ts"].max() + pd.Timedelta("5D")  # what a label settled early says waits for the others
+            assert not before or last < judged["ts"].min()
+            unpurged += touching(bases.known(fold).rows, judged)
+        assert unpurged > 0  # or the assertion above could not fail
+
+
+@pytest.mark.slow
+def test_the_command_takes_labelled_tables(tmp_path):
+    folder = label_folder(tmp_path)
+    tuned = ("--splits", "splits", "--model-name", "logistic_classifier", "--n-trials", 2, "--folds", 2)
+    run_command(folder, "tune", *tuned, "--pruner", "none", "--no-report")
+    best = read_json(folder / "logistic_classifier_BTC_best_params.json")
+    assert best["tables"] == tables_digest(folder / "splits")
+    said = run_command(folder, "ensemble", "--splits", "splits", "--models", PAIR, "--n-splits", 4)
+    out = folder / "stacking_BTC_ensemble"
+    manifest, metrics = verify_manifest(out / "manifest.json"), read_json(out / "metrics.json")
+    assert metrics["sentence"] in said and "Brier" in said and "4 folds" in said
+    scores = manifest["results"]["scores"]
+    assert {*scores} == {*PAIR.split(","), "stacking"}
+    assert metrics["classes"]["pooled"][0]["brier"] == pytest.approx(scores["stacking"]["brier"])
+    ensemble = load_ensemble(out / "manifest.json")
+    rows = load_ensemble_rows(ensemble, splits=folder / "splits")
+    ahead = ensemble.predict(rows, n_rows=3)
+    assert np.allclose(ahead[PROBABILITIES].sum(axis=1), 1)
+    assert np.allclose(ahead["y_pred"], ahead["p_up"] - ahead["p_down"]) and ahead["y_pred"].nunique() == 3
+    scaler = out / "logistic_classifier_BTC" / "logistic_classifier_BTC_scaler.pkl"
+    scaler.write_bytes(scaler.read_bytes()[:-1] + b"!")
+    with pytest.raises(ArtifactError, match="is changed"):
+        load_ensemble(out / "manifest.json")
+    words = ("ensemble", "--splits", "splits", "--models")
+    assert_refused(
+        folder, *words, "logistic_classifier,linear", message="no classifier goes with a regressor (logistic"
+    )
+    assert_refused(folder, *words, PAIR, "--horizon", 7, message="was tuned for something else: horizon")
+    label_folder(folder / "later", end="2023-06-30")
+    others = ("ensemble", "--splits", "later/splits", "--models", PAIR)
+    assert_refused(folder, *others, message="logistic_classifier was tuned on other tables")
 
 
 # The command line
@@ -243,25 +360,9 @@ WHAT = ("--asset-id", "BTC", "--end-date", END, "--n-splits", 4)
 TWO = ("--models", "linear,hist_gradient_boosting")
 
 
-def start(folder: Path, *words: object) -> subprocess.Popen:
-    """The command line in that folder, in a process group of its own."""
-    command = [str(Path(sys.executable).with_name("kallos-run")), "ensemble", *map(str, words)]
-    environment = {name: value for name, value in os.environ.items() if name != "KALLOS_DB_URL"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
-
-
-def run(folder: Path, *words: object) -> str:
-    process = start(folder, *words)
-    said, problem = process.communicate(timeout=240)
-    assert process.returncode == 0, problem
-    assert "Traceback" not in problem and "leaked" not in problem, problem
-    return said
-
-
 @pytest.mark.slow
 def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_alone(folder):
-    said = run(folder, *WHAT, *TWO, "--max-epochs", 3)
+    said = run_command(folder, "ensemble", *WHAT, *TWO, "--max-epochs", 3)
     out = folder / "stacking_BTC_ensemble"
     manifest, metrics = verify_manifest(out / "manifest.json"), read_json(out / "metrics.json")
     assert manifest["kind"] == "ensemble" and metrics["sentence"] in said and "4 folds" in said
@@ -279,7 +380,9 @@ def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_al
     done = {path: path.stat().st_mtime_ns for path in files}
     assert len(done) == 2 * (4 + 6) + 1
     write_json(folder / "gru_BTC_best_params.json", {"model_name": "gru", "n_epochs": 2, "hyperparameters": NETWORK})
-    run(folder, *WHAT, "--models", "linear,hist_gradient_boosting,gru", "--max-epochs", 3, "--n-jobs", 2)
+    run_command(
+        folder, "ensemble", *WHAT, "--models", "linear,hist_gradient_boosting,gru", "--max-epochs", 3, "--n-jobs", 2
+    )
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert len([*kept.glob("*.parquet")]) == 3 * (4 + 6)
     assert load_ensemble(out / "manifest.json").combination.models == ("linear", "hist_gradient_boosting", "gru")
@@ -301,17 +404,14 @@ def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_al
     ids=["no file", "few groups", "idle option", "no features", "no models", "no scheduler"],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(words, message, folder):
-    process = start(folder, *words)
-    said, problem = process.communicate(timeout=100)
-    assert process.returncode == 2 and said == "", problem
-    assert message in problem and problem.splitlines()[-1].startswith("kallos-run: ") and "Traceback" not in problem
+    assert_refused(folder, "ensemble", *words, message=message)
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_folds_that_are_done(folder):
     write_json(folder / "gru_BTC_best_params.json", {"model_name": "gru", "n_epochs": 2, "hyperparameters": NETWORK})
     words = (*WHAT[:4], "--models", "linear,gru", "--max-epochs", 15, "--scheme", "walk-forward", "--refit-every", 80)
-    process, kept = start(folder, *words), folder / "folds_BTC_1d"
+    process, kept = start_command(folder, "ensemble", *words), folder / "folds_BTC_1d"
     while process.poll() is None and (not kept.exists() or len([*kept.glob("[!.]*.parquet")]) < 6):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[1]
@@ -319,10 +419,11 @@ def test_a_killed_run_goes_on_with_the_folds_that_are_done(folder):
     process.communicate()
     done = {path: path.stat().st_mtime_ns for path in kept.glob("[!.]*.parquet")}
     assert not (folder / "stacking_BTC_ensemble" / "manifest.json").exists()
-    run(folder, *words)
+    run_command(folder, "ensemble", *words)
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    run(
+    run_command(
         folder,
+        "ensemble",
         *words,
         "--output-path",
         "whole",

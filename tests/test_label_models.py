@@ -13,7 +13,8 @@ import pytest
 
 from kallos.core.runs import read_json, verify_manifest, write_json
 from kallos.data.sample import sample_bars
-from kallos.evaluation.evaluation import EvaluateSettings, Evaluation, evaluate
+from kallos.evaluation.evaluation import Evaluation, evaluate
+from kallos.evaluation.evaluation_settings import EvaluateSettings
 from kallos.evaluation.held_out import load_all_rows, look_once
 from kallos.models import cross_validation
 from kallos.models.container import TimeSeriesDataContainer

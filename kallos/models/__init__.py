@@ -62,6 +62,7 @@ __getattr__, __dir__, __all__ = lazy(
             "complete_from_splits",
             "load_labelled",
             "load_rows",
+            "tables_digest",
         ),
         "products": (
             "LANES",
@@ -137,8 +138,10 @@ __getattr__, __dir__, __all__ = lazy(
             "study_storage",
         ),
         "label_forecasts": (
+            "class_frequencies",
             "direct_forecasts",
             "fold_score",
+            "forecast_ends",
             "label_table",
             "naive_forecasts",
         ),
@@ -293,6 +296,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "stacked_folds": (
             "StackedFolds",
+            "known_times",
             "rows_to_fit",
             "stack_folds",
         ),
@@ -310,6 +314,7 @@ __getattr__, __dir__, __all__ = lazy(
             "BaseModel",
             "ENSEMBLE_FILE",
             "Ensemble",
+            "align_said",
             "assemble",
             "load_ensemble",
             "load_ensemble_rows",

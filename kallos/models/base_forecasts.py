@@ -20,15 +20,16 @@ from pydantic import Field, model_validator
 from ..core.config import Name, find_file, project_root
 from ..core.errors import ConfigError, DataError
 from ..core.logs import log_event
-from ..core.schemas import timeframe_delta
 from ..data.bars import segment_ids
 from ..data.purged import CombinatorialPurgedCV, group_edges
 from ..data.splits import Splitter
-from .architectures import MODELS, check_hyperparameters, check_model_name, choose_device
+from .architectures import MODELS, check_hyperparameters, check_model, check_model_name, choose_device
+from .container import TimeSeriesDataContainer
 from .cross_validation import ValidationSettings, create_splitter, paths_of, run_folds
-from .datasets import load_table
 from .ensembles import Aligned, EnsembleMethod, align_forecasts
+from .labelled import complete_from_splits, load_rows, tables_digest
 from .parameters import merge_params, read_params
+from .stacked_folds import known_times
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #630a5249
 class _Bases(EnsembleMethod):
@@ -55,7 +56,7 @@ class _Bases(EnsembleMethod):
         return tuple(base.model_name + other for base, other in zip(self.bases, others, strict=True))
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #e988d03b
-_QUESTION = """timeframe target_col horizon end_date scheme embargo n_splits n_groups n_test_groups
+_QUESTION = """timeframe splits target_col horizon end_date scheme embargo n_splits n_groups n_test_groups
 first_train_share refit_every train_window""".split()  # noqa: SIM905
 
 
@@ -87,7 +88,8 @@ def _faults(settings: _Bases) -> Iterator[str]:
     for name in _QUESTION:
         if len({(found := [getattr(base, name) for base in settings.bases])[0], *found}) > 1:
             said = ", ".join(f"{label}: {value}" for label, value in zip(settings.labels, found, strict=True))
-            yield f"the base models differ in {name} ({said})"
+            mixed = name == "target_col" and "label" in found
+            yield f"{'no classifier goes with a regressor' if mixed else f'the base models differ in {name}'} ({said})"
     first, assets = settings.bases[0], {base.asset_id for base in settings.bases}
     if settings.method == "voting" and first.target_col == "close" and len(assets) > 1:
         yield f"prices of {', '.join(sorted(assets))} have no common unit to vote in: stack, or forecast log_return"
@@ -140,6 +142,19 @@ def _member(text: str, asset_id: str) -> tuple[str, str]:
     check_model_name(model)
     return model, other or asset_id
 
+# %% ../../nbs/models/27b_base_forecasts.ipynb #7030615a
+def _base(given: dict[str, Any], model: str, asset_id: str, file: Path, source: str) -> ValidationSettings:
+    """The settings of a base model; ConfigError if it was tuned for something else or cannot forecast what is asked."""
+    merged = complete_from_splits(merge_params(given | {"model_name": model, "asset_id": asset_id}, file))
+    merged.pop("n_epochs", None)  # an inner tail says when to stop
+    settings = ValidationSettings.from_values(merged, source=f"{source}, with {file}")
+    check_model(settings)
+    tuned = read_params(file).get("tables")
+    if settings.splits and tuned not in (None, tables_digest(settings.splits)):
+        todo = "Tune it with these --splits, or name the tables that it was tuned on."
+        raise ConfigError(f"{model} was tuned on other tables than {settings.splits}", str(file), todo)
+    return settings
+
 # %% ../../nbs/models/27b_base_forecasts.ipynb #e10f7198
 def ensemble_settings(
     values: dict[str, Any],  # asset_id, models, params_files, and any field of EnsembleMethod or ValidationSettings
@@ -149,16 +164,14 @@ def ensemble_settings(
     """The settings, with each base model's completed from its parameters file; ConfigError on what cannot be run."""
     given = {name: value for name, value in values.items() if value is not None}
     asset, models, files = (given.pop(name, None) for name in ("asset_id", "models", "params_files"))
+    if not asset and "splits" in given:
+        asset = TimeSeriesDataContainer.load(given["splits"]).settings.asset_id
     if not asset or not models:
         raise ConfigError("an ensemble needs an asset_id and models", [asset, models], "Name them, e.g. gru,lstm.")
     members = [_member(text, asset) for text in (models.split(",") if isinstance(models, str) else models)]
     own = {name: given.pop(name) for name in (*EnsembleMethod.model_fields, "name") if name in given}
     found = _params_files(members, files, Path(given.get("output_path") or project_root()))
-    bases = []
-    for (model, asset_id), file in zip(members, found, strict=True):
-        merged = merge_params(given | {"model_name": model, "asset_id": asset_id}, file)
-        merged.pop("n_epochs", None)  # an inner tail says when to stop
-        bases.append(ValidationSettings.from_values(merged, source=f"{source}, with {file}"))
+    bases = [_base(given, *member, file, source) for member, file in zip(members, found, strict=True)]
     return EnsembleSettings.from_values(own | {"asset_id": asset, "bases": bases}, source=source)
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #aeaea6cd
@@ -167,17 +180,27 @@ def load_bases(
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
 ) -> dict[str, pd.DataFrame]:
     """Each base model's rows by its name, all of the same times; DataError if there are none."""
-    tables = {label: load_table(base, db) for label, base in zip(settings.labels, settings.bases, strict=True)}
+    tables = {label: load_rows(base, db) for label, base in zip(settings.labels, settings.bases, strict=True)}
     ends = {label: f"{table.index[-1]:%Y-%m-%d %H:%M}" for label, table in tables.items()}
     if len({*ends.values()}) > 1:
         todo = "Bring them up to date, or use an --end-date by which all are known."
         raise DataError("the base models' rows end at different times", ends, todo)
+    _refuse_late_gap(settings, tables)
     common = next(iter(tables.values())).index
     for table in tables.values():
         common = common.intersection(table.index)
     if left := {label: len(table) - len(common) for label, table in tables.items() if len(table) > len(common)}:
         log_event("rows that not all base models have are left out", level="warning", **left)
     return {label: table.loc[common] for label, table in tables.items()}
+
+# %% ../../nbs/models/27b_base_forecasts.ipynb #5bc0911f
+def _refuse_late_gap(settings: EnsembleSettings, tables: dict[str, pd.DataFrame]) -> None:
+    needed = longest_lookback(settings) + settings.own.horizon
+    for label, table in tables.items():
+        runs = segment_ids(last := table.index[-needed:], timeframe=settings.own.timeframe)
+        if runs[-1]:
+            gap, todo = last[int(np.flatnonzero(runs == runs[-1])[0])], "Fill it, or use an --end-date before it."
+            raise DataError(f"{label}: a gap among the last {needed} rows, to forecast from", f"before {gap}", todo)
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #5729c042
 def times_to_forecast(
@@ -217,14 +240,10 @@ def _run(settings: EnsembleSettings, tables: Tables, splitter: Splitter, progres
         base = base.model_copy(update={"precision": choose_device(base).precision})
         keep = {"settings": base, "folder": settings.kept_folds, "progress": progress}
         forecasts = run_folds(tables[label], splitter, params[label], **keep)
-        found[label] = forecasts[_row_times(forecasts).isin(wanted)]
+        found[label] = forecasts[known_times(forecasts).isin(wanted)]
     return found
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #800fd2d5
-def _row_times(forecasts: pd.DataFrame) -> pd.Series:
-    return forecasts["ts"] + forecasts["horizon"].iloc[0] * timeframe_delta(forecasts["timeframe"].iloc[0])
-
-
 def _hyperparameters(base: ValidationSettings) -> dict[str, Any]:
     """The base model's hyperparameters; ConfigError if they cannot be used."""
     params = read_params(base.params_file)
@@ -266,7 +285,7 @@ def _known(
     purge, ts = {"horizon": settings.own.horizon, "embargo": settings.own.embargo}, data[settings.labels[0]].index
     inner = CombinatorialPurgedCV(n_groups, n_tested + 1, **purge)
     tables = _run(settings, data, inner, progress)
-    tables = {label: table.assign(row=ts.get_indexer(_row_times(table))) for label, table in tables.items()}
+    tables = {label: table.assign(row=ts.get_indexer(known_times(table))) for label, table in tables.items()}
     layout = splitter.test_groups(), inner.test_groups(), group_edges(len(ts), n_groups)
     return lambda fold: align_forecasts(_learn_from(fold, tables, *layout), asset_id=settings.asset_id)
 

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/models/27d_ensemble_training.ipynb #068daf9d
+from ..core.classification import brier_losses
 from ..core.config import TrainSettings, as_parameters
 from ..core.errors import ArtifactError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
+
+# %% ../../nbs/models/27d_ensemble_training.ipynb #068daf9d
 from ..core.metrics import rmse, skill
 from kallos.core.runs import (
     atomic_write,
@@ -30,13 +32,15 @@ from kallos.core.runs import (
     write_json,
     write_manifest,
 )
+from ..core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
 from .architectures import choose_device
 from .base_forecasts import BaseForecasts, EnsembleSettings, forecast_bases, longest_lookback
 from .cross_validation import CrossValidation, ValidationSettings, paths_of
-from .datasets import data_record, load_table
+from .datasets import data_record
 from .ensembles import Aligned, Combination, combine, fit_combination
+from .labelled import load_rows
 from .parameters import merge_params, read_params
-from .saved_ensembles import ENSEMBLE_FILE, assemble, load_ensemble_rows, path_deviations
+from .saved_ensembles import ENSEMBLE_FILE, align_said, assemble, load_ensemble_rows, path_deviations
 from .stacked_folds import StackedFolds, stack_folds
 from .trainer import train
 
@@ -46,18 +50,24 @@ def out_of_sample(
     bases: BaseForecasts,  # as `forecast_bases` returns them
 ) -> StackedFolds:
     """The ensemble's forecasts of every fold, by combinations that never saw it; DataError on too few rows."""
-    purge = {"lookback": longest_lookback(settings), "embargo": settings.own.embargo}
+    reach = settings.own.horizon if settings.own.target_col == "return" else 0
+    purge = {"lookback": longest_lookback(settings) + reach, "embargo": settings.own.embargo}
     only_before = settings.own.scheme == "walk-forward"
     return stack_folds(bases.tested, bases.known, settings, name=settings.title, only_before=only_before, **purge)
 
-
+# %% ../../nbs/models/27d_ensemble_training.ipynb #afc6681b
 def _scores(base: Aligned, forecasts: pd.DataFrame, name: str) -> dict[str, dict[str, float]]:
-    """The RMSE and skill of each base model and of the ensemble, over the rows that the ensemble forecast."""
-    chosen = base.rows["ts"].isin(forecasts["ts"]).to_numpy()
-    rows = base.rows[chosen]
+    """The error and the skill of each base model and of the ensemble, over the rows that the ensemble forecast."""
+    base = base.select(base.rows["ts"].isin(forecasts["ts"]).to_numpy())
+    rows, own = base.rows, forecasts.set_index("ts").reindex(base.rows["ts"])
+    if base.probabilities is not None:
+        said = dict(zip(base.models, base.probabilities.swapaxes(0, 1), strict=True)) | {name: own[PROBABILITIES]}
+        naive = brier_losses(rows["y_true"], rows[NAIVE_PROBABILITIES]).mean()
+        found = {model: float(brier_losses(rows["y_true"], p).mean()) for model, p in said.items()}
+        return {model: {"brier": brier, "skill": float(1 - brier / naive)} for model, brier in found.items()}
     truth, naive = rows["y_true"].to_numpy(), rows["y_naive"].to_numpy()
-    said = {model: naive + base.deviations[chosen, k] for k, model in enumerate(base.models)}
-    said[name] = forecasts.set_index("ts")["y_pred"].reindex(rows["ts"]).to_numpy()
+    said = {model: naive + base.deviations[:, k] for k, model in enumerate(base.models)}
+    said[name] = own["y_pred"].to_numpy()
     return {model: {"rmse": rmse(truth, y), "skill": skill(truth, y, naive)} for model, y in said.items()}
 
 # %% ../../nbs/models/27d_ensemble_training.ipynb #4c3d9628
@@ -96,16 +106,18 @@ def _noted(settings: TrainSettings, key: str) -> np.ndarray | None:
     return np.array(note["last_forecast"]) if same else None
 
 # %% ../../nbs/models/27d_ensemble_training.ipynb #ae8e26c6
-def _train_base(settings: TrainSettings, db: Any) -> float:
-    """What the trained base model says after the last row, less the naive forecast."""
-    table = load_table(settings, db)
+def _train_base(settings: TrainSettings, db: Any) -> np.ndarray:
+    """(1,) what the trained base model says after the last row less the naive forecast, or (1, 3) probabilities."""
+    table = load_rows(settings, db)
     key = _training_key(settings, table)
     if (path := _noted(settings, key)) is None:
         path = train(settings, db=db).last_forecast
         note = {"key": key, "last_forecast": path, "manifest": file_hash(_manifest_of(settings))}
         write_json(settings.folder / _NOTE, note)
+    if settings.target_col == "label":
+        return path[None]
     last = table[settings.target_col].to_numpy()[-1:]
-    return float(path_deviations(path[None], last, target_col=settings.target_col)[0])
+    return path_deviations(path[None], last, target_col=settings.target_col)
 
 # %% ../../nbs/models/27d_ensemble_training.ipynb #754e366d
 @dataclass(frozen=True)
@@ -114,9 +126,9 @@ class TrainedEnsemble:
 
     validation: CrossValidation  # the forecasts out of sample, and the ensemble's folder
     combination: Combination  # that is saved
-    scores: dict[str, dict[str, float]]  # rmse and skill of each base model, and of the ensemble by its name
+    scores: dict[str, dict[str, float]]  # rmse or brier, and skill, of each base model, and of the ensemble
     manifest_path: Path
-    last_forecast: float  # after the last row, in the target's unit
+    last_forecast: float  # after the last row, in the target's unit; of classes the chance of up less that of down
 
 
 def _save(settings: EnsembleSettings, combination: Combination, trained: list[TrainSettings]) -> None:
@@ -126,19 +138,20 @@ def _save(settings: EnsembleSettings, combination: Combination, trained: list[Tr
     write_json(settings.folder / ENSEMBLE_FILE, about | {"combination": combination.as_json()})
 
 # %% ../../nbs/models/27d_ensemble_training.ipynb #5c738f10
-def _prove(settings: EnsembleSettings, combination: Combination, deviations: np.ndarray, db: Any) -> float:
+def _prove(settings: EnsembleSettings, combination: Combination, said: list[np.ndarray], db: Any) -> float:
     """The forecast after the last row; TrainingError if what is read back forecasts otherwise."""
     ensemble = assemble(settings.folder)
     rows = load_ensemble_rows(ensemble, db, end_date=settings.own.end_date)
     found = ensemble.predict(rows)
-    expected = combine(Aligned(found, combination.models, deviations[None]), combination, name=settings.title)
+    expected = combine(align_said(found, combination.models, said), combination, name=settings.title)
     unit = float(rows[settings.asset_id][settings.own.target_col].std())
     tolerance = 1e-5 * unit * max(1.0, float(np.abs(combination.weights).sum()))
-    got, wanted = float(found["y_pred"].iloc[0]), float(expected["y_pred"].iloc[0])
-    if not abs(got - wanted) <= tolerance:
+    names = [name for name in ("y_pred", *PROBABILITIES) if name in found]
+    got, wanted = (table[names].to_numpy()[0] for table in (found, expected))
+    if not (np.abs(got - wanted) <= tolerance).all():
         problem = f"the saved ensemble forecasts {got} where its models forecast {wanted}"
         raise TrainingError(problem, next_step="Nothing vouches for it. Please report this with the parameters files.")
-    return got
+    return float(got[0])
 
 # %% ../../nbs/models/27d_ensemble_training.ipynb #4e6813a2
 def _artifacts(folder: Path, trained: list[TrainSettings]) -> dict[str, Path]:
@@ -175,9 +188,9 @@ def train_ensemble(
     folder, trained = settings.folder, [_train_settings(base, settings.folder) for base in settings.bases]
     longest_lookback(settings)  # refuses unusable hyperparameters
     bases, stack, combination = _combined(settings, db, progress)
-    deviations = np.array([_train_base(each, db) for each in trained])
+    said = [_train_base(each, db) for each in trained]
     _save(settings, combination, trained)
-    last, paths = _prove(settings, combination, deviations, db), paths_of(stack.forecasts, bases.splitter, bases.ts)
+    last, paths = _prove(settings, combination, said, db), paths_of(stack.forecasts, bases.splitter, bases.ts)
     scores = _scores(bases.whole, paths[0], settings.title)
     _write_manifest(settings, trained, stack, combination, scores, db)
     validation = CrossValidation(stack.forecasts, paths, bases.splitter, folder)
@@ -188,7 +201,7 @@ def _write_manifest(
     settings: EnsembleSettings, trained: list[TrainSettings], stack: StackedFolds, combination: Combination,
     scores: dict, db: Any,
 ) -> None:  # fmt: skip
-    tables = {label: load_table(each, db) for label, each in zip(settings.labels, trained, strict=True)}
+    tables = {label: load_rows(each, db) for label, each in zip(settings.labels, trained, strict=True)}
     by_fold = {str(fold): found.as_json() for fold, found in stack.combinations.items()}
     write_manifest(
         settings.folder / "manifest.json",

@@ -21,7 +21,9 @@ from ..core.errors import ArtifactError, ConfigError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import seed_everything, verify_manifest, write_manifest
 from .architectures import MODELS, check_hyperparameters, check_model_name, choose_device
-from .datasets import DartsFold, data_record, load_table, prepare_darts_timeseries, warn_without_test
+from .datasets import DartsFold, data_record, prepare_darts_timeseries, warn_without_test
+from .label_forecasts import class_frequencies, forecast_ends
+from .labelled import load_rows
 from .parameters import merge_params, read_params
 from .preprocessing import FeatureTransformer, inverse_target
 from .validation import Fit, FitPlan, fit_fold
@@ -58,13 +60,17 @@ class TrainedModel:
     scaler_path: Path  # {model}_{asset}_scaler.pkl
     manifest_path: Path  # {model}_{asset}_manifest.json, with the hash of every file
     history: pd.DataFrame  # epoch, train_loss
-    last_forecast: np.ndarray  # (horizon,) the forecast after the last row, in the target's unit
+    last_forecast: (
+        np.ndarray
+    )  # after the last row: (horizon,) in the target's unit; of a label (1,) or (3,) probabilities
 
 # %% ../../nbs/models/26_trainer.ipynb #54e188cb
-def _forecast(model: "ForecastingModel", transformer: FeatureTransformer, rows: DartsFold, horizon: int) -> np.ndarray:
-    target, features = rows.train[-1]
-    path = model.predict(horizon, series=target, past_covariates=features)
-    return inverse_target(transformer, path.values().ravel())
+def _forecast(
+    model: "ForecastingModel", transformer: FeatureTransformer, rows: DartsFold, settings: TrainSettings
+) -> np.ndarray:
+    about = {"model_name": settings.model_name, "horizon": settings.horizon, "labels": settings.splits is not None}
+    found = forecast_ends(model, rows.train[-1:], **about)[0]
+    return found if MODELS[settings.model_name].is_classifier else inverse_target(transformer, found)
 
 
 def read_model(
@@ -89,7 +95,7 @@ def _prove(
     model, transformer = _read_back(files["model"], files["scaler"], settings.model_name)
     names = [*settings.feature_groups.names, settings.target_col]
     same_scaling = transformer.transform(table[names]).equals(rows.transformer.transform(table[names]))
-    found = _forecast(model, transformer, rows, settings.horizon)
+    found = _forecast(model, transformer, rows, settings)
     tolerance = 1e-5 * float(transformer.target_scaler.scale_[0])
     if not same_scaling or not np.allclose(found, expected, rtol=0, atol=tolerance):
         raise TrainingError(
@@ -103,7 +109,8 @@ def _save(
 ) -> TrainedModel:
     stem, folder = f"{settings.model_name}_{settings.asset_id}", settings.folder
     folder.mkdir(parents=True, exist_ok=True)
-    expected = _forecast(fit.model, rows.transformer, rows, settings.horizon)
+    expected = _forecast(fit.model, rows.transformer, rows, settings)
+    often = class_frequencies(rows) if MODELS[settings.model_name].is_classifier else None
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{stem}.") as temporary:
         files = {"model": Path(temporary, f"{stem}.pt"), "scaler": Path(temporary, f"{stem}_scaler.pkl")}
         fit.model.save(str(files["model"]), clean=True)
@@ -111,7 +118,7 @@ def _save(
         _prove(files, table, settings, rows, expected)
         made = sorted(Path(temporary).iterdir())
         manifest = Path(temporary, f"{stem}_manifest.json")
-        _write_manifest(manifest, made, settings, hyperparameters, table, fit)
+        _write_manifest(manifest, made, settings, hyperparameters, table, fit, often)
         for path in (*made, manifest):
             path.replace(folder / path.name)
     kept = [folder / path.name for path in (*files.values(), manifest)]
@@ -119,7 +126,13 @@ def _save(
 
 # %% ../../nbs/models/26_trainer.ipynb #cd3511d3
 def _write_manifest(
-    path: Path, files: list[Path], settings: TrainSettings, hyperparameters: dict, table: pd.DataFrame, fit: Fit
+    path: Path,
+    files: list[Path],
+    settings: TrainSettings,
+    hyperparameters: dict,
+    table: pd.DataFrame,
+    fit: Fit,
+    often: np.ndarray | None,
 ) -> None:
     made = {"hyperparameters": hyperparameters, "precision": choose_device(settings).precision}
     write_manifest(
@@ -130,6 +143,7 @@ def _write_manifest(
         data=data_record(table),
         artifacts=files,
         timings={"fit_seconds": fit.seconds},
+        results=None if often is None else {"class_frequencies": often},
     )
 
 # %% ../../nbs/models/26_trainer.ipynb #7b112c3e
@@ -144,7 +158,7 @@ def train(
     if MODELS[settings.model_name].is_network and settings.n_epochs is None:
         file = str(settings.params_file)
         raise ConfigError("the parameters file names no n_epochs", received=file, next_step="Pass --n-epochs.")
-    table = load_table(settings, db)
+    table = load_rows(settings, db)
     warn_without_test(table, settings)
     seed_everything(settings.seed)
     start_log(settings.folder / f"{settings.model_name}_{settings.asset_id}_train.log")

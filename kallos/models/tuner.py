@@ -37,7 +37,7 @@ from .datasets import DartsFold, data_record, warn_without_test
 from .fits import FitPlan
 from .helpers import Helpers, lend_a_hand, trial_seed
 from .label_forecasts import fold_score, naive_forecasts
-from .labelled import load_rows
+from .labelled import load_rows, tables_digest
 from .layouts import study_identity, study_layout
 from .progress import Progress
 from .pruning import Judge, create_pruner
@@ -168,6 +168,7 @@ def best_params(
     values = as_parameters(settings)
     return {
         **{name: values[name] for name in (*shared, *bounds) if name in values},
+        **({"tables": tables_digest(settings.splits)} if settings.splits else {}),
         "hyperparameters": best.params,
         "n_epochs": best.user_attrs["n_epochs"],
         "study_name": study.study_name,
