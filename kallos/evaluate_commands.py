@@ -11,33 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .core.errors import ConfigError
 from .options import command, tell_next
 
 if TYPE_CHECKING:
-    from kallos.evaluation.evaluation import EvaluateSettings
+    from kallos.evaluation.evaluation_settings import EvaluateSettings
 
 evaluate_app = typer.Typer()
 
 # %% ../nbs/59f_evaluate_commands.ipynb #ab6429a3
 def _settings(given: dict[str, Any]) -> "EvaluateSettings":
-    from kallos.evaluation.evaluation import EvaluateSettings
-    from kallos.models.architectures import check_hyperparameters
-    from kallos.models.parameters import merge_params, read_params
+    from kallos.evaluation.evaluation_settings import evaluation_settings
+    from kallos.models.architectures import check_hyperparameters, check_model
+    from kallos.models.parameters import read_params
 
-    merged = merge_params({"output_path": Path()} | given, given["params_file"])
-    settings = EvaluateSettings.from_values(merged, source="the options")
+    if "ensemble" in given and (idle := sorted(_OF_A_MODEL & {*given})):
+        todo = "Leave it out: the ensemble's manifest says what it is made of."
+        raise ConfigError(f"--{idle[0].replace('_', '-')} has no meaning beside --ensemble", given[idle[0]], todo)
+
+    if "splits" in given and "n_epochs" in given:
+        todo = "A network on labelled tables stops by itself, at most after --max-epochs."
+        raise ConfigError("--n-epochs has no meaning beside --splits", given["n_epochs"], todo)
+    here = {} if "ensemble" in given else {"output_path": Path()}
+    settings = evaluation_settings(here | given, source="the options")
+    check_model(settings)
     found = read_params(settings.params_file)["hyperparameters"]
     check_hyperparameters(settings.model_name, found, horizon=settings.horizon)
     return settings
 
-
+# %% ../nbs/59f_evaluate_commands.ipynb #404287a9
 def _report(settings: "EvaluateSettings") -> Path:
-    return settings.folder / f"{settings.model_name}_{settings.asset_id}_evaluate.ipynb"
+    return settings.folder / f"{settings.title}_{settings.asset_id}_evaluate.ipynb"
+
+
+_OF_A_MODEL = {"model_name", "params_file", "feature_groups", "n_epochs", "importance_repeats", "seed", "exact"}
 
 # %% ../nbs/59f_evaluate_commands.ipynb #b439d77b
 def _tell(settings: "EvaluateSettings") -> None:
     from kallos.core.runs import read_json
-    from kallos.evaluation.evaluation import evaluation_folder
+    from kallos.evaluation.evaluation_settings import evaluation_folder
 
     folder, page = evaluation_folder(settings), _report(settings).with_suffix(".html")
     found = read_json(folder / "evaluation.json", what="evaluation")
@@ -46,11 +58,14 @@ def _tell(settings: "EvaluateSettings") -> None:
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
     if found["held_out"]:
         tell_next("nothing: a look at these rows after another round of tuning is no longer a test")
+    elif settings.splits:
+        tell_next("kallos-run data, with a larger share of test rows, and then the tuning once more")
     else:
         tell_next("kallos-run fetch, or an earlier --end-date at the next tuning, so that rows are left to test on")
 
 # %% ../nbs/59f_evaluate_commands.ipynb #0fa4da98
-_MODEL = "model_name asset_id end_date params_file timeframe target_col feature_groups horizon seed device precision"
+_MODEL = """ensemble model_name asset_id end_date splits params_file timeframe target_col feature_groups horizon seed
+device precision"""
 _SPLITS = "schemes n_splits n_groups n_test_groups refit_every first_train_share train_window embargo"
 _FIT = "n_epochs max_epochs patience exact train_stride max_samples_per_epoch n_jobs dask_scheduler"
 _VERDICT = "fee level importance_repeats optuna_schema output_path db_url no_report"
@@ -59,14 +74,13 @@ _VERDICT = "fee level importance_repeats optuna_schema output_path db_url no_rep
 @command(
     evaluate_app,
     f"{_MODEL} {_SPLITS} {_FIT} {_VERDICT}",
-    required="params_file",
     example="--asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json --n-jobs -1",
     stopped="the folds that are done are kept, and the same command fits the rest.",
 )
 def evaluate(
     given: dict[str, Any],  # the options that were typed
 ) -> None:
-    """Give the whole verdict on a tuned model on one page, the untouched rows after the end date included."""
+    """Give the whole verdict on a tuned model or an ensemble on one page, the rows after the end date included."""
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
     settings = _settings(given)
     if no_report:

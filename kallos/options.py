@@ -103,6 +103,7 @@ _RUN = {
     "growing_epochs": _flag(
         "--growing-epochs", "Begin with an eighth of the windows; every epoch takes twice as many."
     ),
+    "ensemble": _option(Path, "manifest.json of an ensemble, judged in place of a single model."),
     "splits": _option(Path, "Labelled tables that `data` left; they also say asset, timeframe, features and end date."),
     "output_path": _option(Path, "Folder of the results.", "the working folder"),
     "no_report": _flag("--no-report", "Call the functions alone, no notebook."),

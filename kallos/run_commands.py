@@ -142,6 +142,8 @@ def _train_on_labels(given: dict[str, Any]) -> None:
     if "params_file" not in given:
         again = f"--splits {shlex.quote(str(given['splits']))} --horizon {run.forecasts['horizon'].iloc[0]}"
         tell_next(f"kallos-run tune {again} --model-name {run.forecasts['model'].iloc[0]} --n-trials 20")
+    else:
+        tell_next("kallos-run evaluate, with the same options: the whole verdict, the test rows included")
 
 # %% ../nbs/59c_run_commands.ipynb #cb2e0606
 def _in_words(

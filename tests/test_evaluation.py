@@ -20,7 +20,8 @@ from kallos.data.features import compute_features
 from kallos.data.sample import sample_bars
 from kallos.data.store import write_bars, write_features
 from kallos.data.tables import connect
-from kallos.evaluation.evaluation import EvaluateSettings, Evaluation, evaluate
+from kallos.evaluation.evaluation import Evaluation, evaluate
+from kallos.evaluation.evaluation_settings import EvaluateSettings
 from kallos.evaluation.multiple_testing import judge_returns, strategy_returns
 from kallos.models import tuner
 from tests.study_runs import END, write_market

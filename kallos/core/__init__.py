@@ -134,6 +134,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "evaluation_plots": (
             "plot_autocorrelation",
+            "plot_class_forecasts",
             "plot_importance",
             "plot_said_and_came",
         ),

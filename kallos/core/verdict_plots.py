@@ -53,8 +53,17 @@ def plot_calibration(
         hover = f"{name}: {said}<extra></extra>"
         figure.add_scatter(x=table["probability"], y=table["share"], customdata=count, hovertemplate=hover, **look)
     figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfect", line={"color": TRUTH, "dash": "dot"})
-    axes = {"xaxis_tickformat": ".0%", "yaxis_tickformat": ".0%"}
+    span = _span(pd.concat([*tables.values()]))
+    axes = {"xaxis_tickformat": ".0%", "yaxis_tickformat": ".0%", "xaxis_range": span, "yaxis_range": span}
     return finish_figure(figure, "May they be taken at their word?", x="probability given", y="came true", **axes)
+
+# %% ../../nbs/core/06b_verdict_plots.ipynb #bdec244d
+def _span(bins: pd.DataFrame) -> list[float]:
+    """The range of both axes, with all bins and their intervals in it."""
+    shown = bins.reindex(columns=["probability", "share", "lower", "upper"])
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    margin = 0.04 * max(high - low, 0.01)
+    return [float(low - margin), float(high + margin)]
 
 # %% ../../nbs/core/06b_verdict_plots.ipynb #cb44a91a
 def plot_residuals(

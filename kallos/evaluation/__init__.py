@@ -110,7 +110,9 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "calibration": (
             "Calibration",
+            "ClassCalibration",
             "calibration_bins",
+            "class_calibration",
             "mincer_zarnowitz",
             "residual_autocorrelation",
         ),
@@ -126,14 +128,18 @@ __getattr__, __dir__, __all__ = lazy(
             "span_of",
         ),
         "ensemble_rows": ("cross_validate_ensemble", "look_once_ensemble", "read_ensemble", "split_by"),
-        "evaluation": (
-            "Evaluation",
+        "evaluation_settings": (
             "EvaluateSettings",
-            "answers",
-            "evaluate",
             "evaluation_folder",
+            "evaluation_settings",
+            "judge_all_searches",
             "judge_its_search",
             "of_scheme",
+        ),
+        "evaluation": (
+            "Evaluation",
+            "answers",
+            "evaluate",
             "path_scores",
         ),
         "figures": (

@@ -16,8 +16,8 @@ import pandas as pd
 
 from ..core.config import as_parameters
 from ..core.errors import ArtifactError
+from ..core.logs import log_event
 from ..core.runs import verify_manifest, write_manifest
-from ..core.schemas import timeframe_delta
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #fcf00d62
 from kallos.evaluation.held_out import (
@@ -29,8 +29,8 @@ from kallos.evaluation.held_out import (
     record_look,
     span_of,
 )
-from ..models.architectures import choose_device, longest_input
-from ..models.base_forecasts import EnsembleSettings, forecast_bases, times_to_forecast
+from ..models.architectures import choose_device
+from ..models.base_forecasts import EnsembleSettings, forecast_bases, longest_lookback
 from ..models.cross_validation import CrossValidation, FoldSettings, ValidationSettings, keep_table, paths_of
 from ..models.ensemble_training import out_of_sample
 from ..models.ensembles import Combination, align_forecasts, combine
@@ -38,7 +38,7 @@ from ..models.parameters import read_params
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #1c95a26b
 _FOLDS = """n_splits n_groups n_test_groups first_train_share refit_every train_window embargo max_epochs patience
-n_jobs dask_scheduler""".split()  # noqa: SIM905
+n_jobs dask_scheduler output_path""".split()  # noqa: SIM905
 _OF_METHOD = {"weighting": "voting", "penalty": "stacking", "holdout_share": "blending"}
 
 
@@ -60,7 +60,7 @@ def read_ensemble(
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #aa680444
 def split_by(
     ensemble: EnsembleSettings,  # as `read_ensemble` returns it
-    settings: FoldSettings,  # how the rows are split, and by how many processes
+    settings: FoldSettings,  # how the rows are split, by how many processes, and where results go
     scheme: str,  # cv, walk-forward or cpcv
 ) -> EnsembleSettings:
     """The ensemble with its rows split by the scheme."""
@@ -85,18 +85,21 @@ def cross_validate_ensemble(
     return CrossValidation(stack.forecasts, paths_of(stack.forecasts, bases.splitter, bases.ts), bases.splitter, folder)
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #6e500036
-def _base_forecasts(base: ValidationSettings, folder: Path, db: Any) -> tuple[pd.DataFrame, pd.DatetimeIndex, str]:
-    """The base model's forecasts after the end date, the times of its rows, and the key of the model."""
+def _base_forecasts(base: ValidationSettings, folder: Path, db: Any) -> tuple[pd.DataFrame, str]:
+    """The base model's forecasts after the end date, and the key of the model."""
     params, table = read_params(base.params_file), load_all_rows(base, db)
     base = base.model_copy(update={"precision": choose_device(base).precision})
     hyperparameters, n_epochs = params["hyperparameters"], params.get("n_epochs")
     path = forecast_held_out(base, hyperparameters, table=table, n_epochs=n_epochs, folder=folder)
-    return pd.read_parquet(path), table.index, model_key(base, hyperparameters, n_epochs)
+    return pd.read_parquet(path), model_key(base, hyperparameters, n_epochs)
 
 
-def _of_rows(forecasts: pd.DataFrame, rows: pd.DatetimeIndex, base: ValidationSettings) -> pd.DataFrame:
-    at = forecasts["ts"] + base.horizon * timeframe_delta(base.timeframe)
-    return forecasts[at.isin(rows)]
+def _common_rows(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The rows that every base model forecasts."""
+    common = reduce(pd.Index.intersection, [pd.DatetimeIndex(table["ts"]) for table in tables.values()])
+    if left := {label: len(table) - len(common) for label, table in tables.items() if len(table) > len(common)}:
+        log_event("rows that not all base models can forecast are left out", level="warning", **left)
+    return {label: table[table["ts"].isin(common)] for label, table in tables.items()}
 
 
 def _digest(keys: list[str], combination: Combination) -> str:
@@ -112,14 +115,11 @@ def look_once_ensemble(
 ) -> HeldOut | None:
     """What the rows were forecast to be, and who looked; None if there are too few."""
     own = ensemble.own
-    if not can_be_tested(load_all_rows(own, db), own):
+    if not can_be_tested(load_all_rows(own, db), own, lookback=longest_lookback(ensemble)):
         return None
     found = {label: _base_forecasts(ensemble.bases[k], folder, db) for k, label in enumerate(ensemble.labels)}
-    lookback = max(longest_input(base.model_name) for base in ensemble.bases)
-    how = {"timeframe": own.timeframe, "lookback": lookback, "horizon": own.horizon}
-    rows = reduce(pd.DatetimeIndex.intersection, [times_to_forecast(ts, **how) for _, ts, _ in found.values()])
-    tables = {label: _of_rows(forecasts, rows, own) for label, (forecasts, _, _) in found.items()}
+    tables = _common_rows({label: forecasts for label, (forecasts, _) in found.items()})
     forecasts = combine(align_forecasts(tables, asset_id=ensemble.asset_id), combination, name=ensemble.title)
-    key = _digest([key for _, _, key in found.values()], combination)
+    key = _digest([key for _, key in found.values()], combination)
     look = {"key": key, "model_name": ensemble.title, "params_file": "manifest.json"} | span_of(forecasts)
     return HeldOut(forecasts, record_look(own, look), folder)

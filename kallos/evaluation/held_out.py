@@ -21,9 +21,12 @@ from filelock import FileLock
 from ..core.config import as_parameters
 from ..core.errors import ConfigError
 from ..core.runs import fingerprint, read_json, seed_everything, write_json
+from ..data.spans import Part
 from ..models.architectures import MODELS
-from ..models.cross_validation import FoldSettings, fold_key, keep_table
+from ..models.container import TimeSeriesDataContainer, window_ends
+from ..models.cross_validation import FoldSettings, fold_key, keep_table, run_parts
 from ..models.datasets import add_target, load_features_from_db
+from ..models.labelled import load_labelled
 from ..models.validation import forecast_after
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #a443faba
@@ -32,17 +35,26 @@ def load_all_rows(
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
 ) -> pd.DataFrame:
     """The rows with close, features and target, those after the end date too; DataError if there are none."""
+    if settings.splits:
+        return load_labelled(settings, with_test=True)
     names = settings.feature_groups.names
     table = load_features_from_db(settings.asset_id, None, db, timeframe=settings.timeframe, columns=names)
     return add_target(table, settings.target_col, timeframe=settings.timeframe)
 
-
+# %% ../../nbs/evaluation/32h_held_out.ipynb #b730c74c
 def can_be_tested(
     table: pd.DataFrame,  # all rows
     settings: FoldSettings,  # end date and horizon
+    *,
+    lookback: int = 1,  # the model's input chunk, in bars
 ) -> bool:
     """Whether enough rows lie after the end date."""
-    return int((table.index > settings.end_date).sum()) >= max(10, 2 * settings.horizon) + settings.horizon
+    rows, least = table.index[table.index > settings.end_date], max(10, 2 * settings.horizon)
+    if len(rows) < least + settings.horizon or not settings.splits:
+        return len(rows) >= least + settings.horizon
+    return (
+        len(window_ends(rows.to_series(), timeframe=settings.timeframe, lookback=lookback + settings.horizon)) >= least
+    )
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #01b3aeb6
 def looks_path(
@@ -92,11 +104,15 @@ _MODEL = "asset_id timeframe model_name target_col horizon feature_groups end_da
 def model_key(
     settings: FoldSettings,  # of the run
     hyperparameters: dict[str, Any],  # of the model
-    n_epochs: int | None,  # epochs of its fit; networks only
+    n_epochs: int | None,  # epochs of its fit; networks on rows of the database only
 ) -> str:
     """A digest of what makes a model another one."""
     values = {name: as_parameters(settings)[name] for name in _MODEL}
     values |= {"hyperparameters": hyperparameters, "n_epochs": n_epochs}
+    if settings.splits:
+        data = TimeSeriesDataContainer.load(settings.splits).manifest["data"]
+        values |= {part: data[part]["fingerprint"] for part in ("train", "val")}
+        values |= {"n_epochs": None, "max_epochs": settings.max_epochs, "patience": settings.patience}
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -113,18 +129,27 @@ def forecast_held_out(
     hyperparameters: dict[str, Any],  # of the model
     *,
     table: pd.DataFrame,  # all rows, as from `load_all_rows`
-    n_epochs: int | None,  # epochs of the fit; networks only
+    n_epochs: int | None,  # epochs of the fit; networks on rows of the database only
     folder: Path,  # keeps the forecasts
 ) -> Path:
     """The Parquet file of the Forecasts of the rows after the end date; ConfigError without epochs."""
-    if MODELS[settings.model_name].is_network and n_epochs is None:
+    if MODELS[settings.model_name].is_network and n_epochs is None and not settings.splits:
         raise ConfigError("the parameters file names no n_epochs", str(settings.params_file), "Pass --n-epochs.")
-    path = _path(table, settings, hyperparameters, n_epochs, folder)
+    path = _path(table, settings, hyperparameters, None if settings.splits else n_epochs, folder)
     if not path.exists():
-        seed_everything(settings.seed)
-        how = {"hyperparameters": hyperparameters, "settings": settings, "n_epochs": n_epochs}
-        keep_table(forecast_after(table, pd.Timestamp(settings.end_date), **how).forecasts, path)
+        keep_table(_forecast(table, settings, hyperparameters, n_epochs), path)
     return path
+
+# %% ../../nbs/evaluation/32h_held_out.ipynb #1e9d4b8a
+def _forecast(
+    table: pd.DataFrame, settings: FoldSettings, hyperparameters: dict[str, Any], n_epochs: int | None
+) -> pd.DataFrame:
+    how = {"hyperparameters": hyperparameters, "settings": settings}
+    if settings.splits:  # an inner tail says when to stop
+        parts = np.where(table.index > settings.end_date, Part.TEST, Part.TRAIN)
+        return run_parts(table, parts, fold=0, **how)[1].forecasts
+    seed_everything(settings.seed)
+    return forecast_after(table, pd.Timestamp(settings.end_date), n_epochs=n_epochs, **how).forecasts
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #a104aa28
 def span_of(
@@ -144,7 +169,7 @@ def look_once(
     folder: Path,  # keeps the forecasts
 ) -> HeldOut | None:
     """What the rows were forecast to be, and who looked; None if there are too few; ConfigError without epochs."""
-    if not can_be_tested(table, settings):
+    if not can_be_tested(table, settings, lookback=hyperparameters["input_chunk_length"]):
         return None
     path = forecast_held_out(settings, hyperparameters, table=table, n_epochs=n_epochs, folder=folder)
     forecasts = pd.read_parquet(path)

@@ -111,7 +111,7 @@ def warn_without_test(
     table: pd.DataFrame,  # as `load_table` returns it
     settings: RunSettings,  # of the run
 ) -> None:
-    """Logs a warning if no bar lies after the end date, unless the rows are of tables, which have test rows beside."""
+    """Logs a warning if no bar lies after the end date; returns nothing. Labelled tables have a test table."""
     if settings.splits is None and table.index[-1] + timeframe_delta(settings.timeframe) <= settings.end_date:
         last = {"last_row": table.index[-1], "end_date": settings.end_date}
         log_event("the data end before the end date: nothing is left to test on", level="warning", **last)

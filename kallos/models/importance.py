@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from darts import TimeSeries
 
+from ..core.classification import brier_losses, class_probabilities
 from ..core.config import FeatureGroups
 from ..core.devices import limit_threads
 from ..core.metrics import rmse
@@ -37,7 +38,8 @@ def inputs_of(
     """One row an input: its name, its kind (target, feature or group) and the columns that move together."""
     sets = {name: list(getattr(groups, name)) for name in type(groups).model_fields}
     several = {name.replace("_", " "): names for name, names in sets.items() if len(names) > 1}
-    rows = [(TARGET_INPUT, "target", [target_col]), *((name, "feature", [name]) for name in groups.names)]
+    rows = [] if target_col == "label" else [(TARGET_INPUT, "target", [target_col])]
+    rows += [(name, "feature", [name]) for name in groups.names]
     rows += [(name, "group", names) for name, names in several.items()]
     rows += [(ALL_FEATURES, "group", groups.names)] if len(groups.names) > 1 else []
     found = pd.DataFrame(rows, columns=["input", "kind", "columns"])
@@ -79,18 +81,24 @@ def fold_importance(
     input_chunk_length: int,  # of the model
     n_repeats: int = 5,  # moves of each input
 ) -> pd.DataFrame:
-    """One row an input and repeat: fold, n, input, kind, repeat, offset, rmse, rmse_moved."""
+    """One row an input and repeat: fold, n, input, kind, repeat, offset, error, error_moved."""
     how = {"settings": settings, "input_chunk_length": input_chunk_length}
-    forecast, base, rows = partial(forecast_fold, result.fit.model, **how), result.forecasts, []
-    same = {"fold": fold.fold, "n": len(base), "rmse": rmse(base["y_true"], base["y_pred"])}
+    forecast, rows = partial(forecast_fold, result.fit.model, **how), []
+    same = {"fold": fold.fold, "n": len(result.forecasts), "error": _error(result.forecasts)}
     offsets, device = _offsets(fold, settings.seed, n_repeats), choose_device(settings)
     with limit_threads(device.n_threads if device else 1):
         for one in inputs_of(settings.feature_groups, settings.target_col).itertuples(index=False):
             for repeat, offset in enumerate(offsets.tolist()):
-                found = forecast(move_inputs(fold, one.columns, offset))
-                error = {"repeat": repeat, "offset": offset, "rmse_moved": rmse(found["y_true"], found["y_pred"])}
-                rows.append(same | {"input": one.input, "kind": one.kind} | error)
+                moved = _error(forecast(move_inputs(fold, one.columns, offset)))
+                found = {"repeat": repeat, "offset": offset, "error_moved": moved}
+                rows.append(same | {"input": one.input, "kind": one.kind} | found)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/models/24m_importance.ipynb #cbf99eed
+def _error(forecasts: pd.DataFrame) -> float:
+    if forecasts["target"].iloc[0] == "label":
+        return float(brier_losses(forecasts["y_true"], class_probabilities(forecasts)).mean())
+    return rmse(forecasts["y_true"], forecasts["y_pred"])
 
 # %% ../../nbs/models/24m_importance.ipynb #881ac73d
 def _fit_and_move(table: pd.DataFrame, parts: np.ndarray, *, n_repeats: int, **how: Any) -> tuple:
@@ -112,7 +120,7 @@ def run_importance(
 ) -> pd.DataFrame:
     """The rows of `fold_importance` of all folds; folds that the folder already holds are not fitted again."""
     keys = fold_keys(table, splitter, hyperparameters, settings=settings)
-    paths = [folder / "importance" / f"{key}_{n_repeats}.parquet" for key in keys]
+    paths = [folder / "importance" / f"{key}_{n_repeats}_moves.parquet" for key in keys]
     run = partial(_fit_and_move, hyperparameters=hyperparameters, settings=settings, n_repeats=n_repeats)
     how = {"todo": {fold for fold, path in enumerate(paths) if not path.exists()}, "settings": settings}
     for fold, (forecasts, found) in spread_folds(run, table, splitter, progress=progress, **how):
@@ -127,7 +135,8 @@ def summarise_importance(
     found: pd.DataFrame,  # from `run_importance`
 ) -> pd.DataFrame:
     """One row an input, the most important first: increase and share with standard errors, sd_folds, sd_repeats."""
-    rows = found.assign(increase=found["rmse_moved"] - found["rmse"], share=found["rmse_moved"] / found["rmse"] - 1)
+    error, moved = found["error"], found["error_moved"]
+    rows = found.assign(increase=moved - error, share=moved / error - 1)
     by_fold = rows.groupby(["input", "kind", "fold"])
     means, repeats = by_fold[["increase", "share"]].mean(), by_fold["increase"].std()
     by_input = means.groupby(level=["input", "kind"])

@@ -80,21 +80,28 @@ def tables_digest(
 # %% ../../nbs/models/21e_labelled.ipynb #43219c66
 def load_labelled(
     settings: RunSettings,  # splits, horizon, target, features and end date
+    *,
+    with_test: bool = False,  # the rows of the test table too, after the others
 ) -> pd.DataFrame:
     """The training and validation rows by `ts`: close, features, target, sample_weight, t1; DataError if none."""
     container = TimeSeriesDataContainer.load(settings.splits)
     rows = pd.concat([container.train, container.val]).set_index("ts")
     rows = rows[rows.index <= settings.end_date]
+    table = _moved(rows, settings)
+    if table.empty:
+        todo = "Use a shorter horizon, or bars with fewer gaps."
+        raise DataError(f"no row has a row {settings.horizon} bars before it", received=len(rows), next_step=todo)
+    return pd.concat([table, _moved(container.test.set_index("ts"), settings)]) if with_test else table
+
+
+def _moved(rows: pd.DataFrame, settings: RunSettings) -> pd.DataFrame:
+    """The rows at which a label of one of them is known, with that label."""
     names = {f"{settings.target_col}_h{settings.horizon}": settings.target_col}
     names |= {f"{name}_h{settings.horizon}": name for name in ("sample_weight", "t1")}
     known = rows[[*names]].rename(columns=names).dropna(subset=settings.target_col)
     known["return_true"] = rows[f"return_h{settings.horizon}"]
     known.index = known.index + settings.horizon * timeframe_delta(settings.timeframe)
-    table = rows[["close", *settings.feature_groups.names]].join(known, how="inner")
-    if table.empty:
-        todo = "Use a shorter horizon, or bars with fewer gaps."
-        raise DataError(f"no row has a row {settings.horizon} bars before it", received=len(rows), next_step=todo)
-    return table
+    return rows[["close", *settings.feature_groups.names]].join(known, how="inner")
 
 # %% ../../nbs/models/21e_labelled.ipynb #5997cd0a
 def load_rows(
