@@ -264,7 +264,7 @@ PAIR = "logistic_classifier,hist_gradient_boosting_classifier"
 
 
 def label_folder(folder: Path, *, end: str = "2022-12-31") -> Path:
-    """The folder, with labelled tables that have a gap and end raggedly, and what tune would have left of four models."""
+    """The folder, with labelled tables that end raggedly, and what tune would have left of four models."""
     bars = sample_bars(timeframe="1d", start="2019-01-01", end=end, seed=4).drop(range(900, 903))
     made = DataSettings(asset_id="BTC", horizons="10", output_path=folder / "splits")
     write_tables(partition_bars(bars.reset_index(drop=True), settings=made))
