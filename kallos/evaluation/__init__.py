@@ -94,6 +94,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "multiple_testing": (
             "SearchVerdict",
+            "always_long",
             "bets_per_year",
             "judge_returns",
             "judge_search",
