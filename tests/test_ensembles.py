@@ -332,6 +332,9 @@ def test_the_command_takes_labelled_tables(tmp_path):
     ahead = ensemble.predict(rows, n_rows=3)
     assert np.allclose(ahead[PROBABILITIES].sum(axis=1), 1)
     assert np.allclose(ahead["y_pred"], ahead["p_up"] - ahead["p_down"]) and ahead["y_pred"].nunique() == 3
+    judged = ("evaluate", "--ensemble", out / "manifest.json", "--schemes", "cv", "--n-splits", 4, "--no-report")
+    said = run_command(folder, *judged)
+    assert read_json(folder / "stacking_BTC_evaluation" / "evaluation.json")["sentence"] in said and "test rows" in said
     scaler = out / "logistic_classifier_BTC" / "logistic_classifier_BTC_scaler.pkl"
     scaler.write_bytes(scaler.read_bytes()[:-1] + b"!")
     with pytest.raises(ArtifactError, match="is changed"):
@@ -377,6 +380,16 @@ def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_al
     rows = load_ensemble_rows(ensemble, f"sqlite:///{folder}/data/kallos.db", end_date=END)
     ahead = ensemble.predict(rows, n_rows=2)
     assert ahead["target_ts"].iloc[-1] == rows["BTC"].index[-1] + pd.Timedelta("1D") and ahead["y_pred"].notna().all()
+
+    words = ("evaluate", "--ensemble", out / "manifest.json")
+    said = run_command(folder, *words, "--schemes", "cv", "--n-splits", 4)
+    found = read_json(folder / "stacking_BTC_evaluation" / "evaluation.json")
+    assert found["sentence"] in said and "linear: The parameters file names no study" in found["search_sentence"]
+    assert [look["model_name"] for look in found["held_out"]["looks"]] == ["stacking"]
+    assert "An ensemble of linear" in (folder / "stacking_BTC_evaluate.html").read_text(encoding="utf8")
+    message = "--model-name has no meaning beside --ensemble"
+    assert_refused(folder, *words, "--model-name", "linear", message=message)
+    assert_refused(folder, "evaluate", *WHAT, message="nothing says what is to be evaluated")
 
     kept = folder / "folds_BTC_1d"
     files = [*kept.glob("*.parquet"), *(out / "linear_BTC").glob("*.pt")]
