@@ -196,7 +196,7 @@ def _stopped_on_its_rows(study: optuna.Study) -> bool:
     spec = MODELS.get(known.get("model_name"))
     return spec is not None and spec.is_network and known.get("early_stopping_on") == "fold"
 
-
+# %% ../../nbs/evaluation/32c_multiple_testing.ipynb #f5dca047
 def judge_search(
     settings: TuneSettings,  # of the study
     *,
