@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy(
             "Interrupted",
             "OPTIONS",
             "command",
+            "tell_chosen",
             "tell_next",
         ),
         "data_commands": (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import command, tell_next
+from .options import command, tell_chosen, tell_next
 
 if TYPE_CHECKING:
     from kallos.models.ensemble_training import TrainedEnsemble
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ensemble_app = typer.Typer()
 
 # %% ../nbs/59e_ensemble_commands.ipynb #6864bc11
-def _tell(run: "TrainedEnsemble", sentence: str) -> None:
+def _tell(run: "TrainedEnsemble", sentence: str, params_files: list[Path]) -> None:
     forecasts, weights = run.validation.forecasts, run.combination.weights
     shares = dict(zip(run.combination.models, weights, strict=False)) if run.combination.rule == "weights" else {}
     paths = len(run.validation.paths)
@@ -30,6 +30,7 @@ def _tell(run: "TrainedEnsemble", sentence: str) -> None:
         weight = f"{shares[model]:8.3f}" if model in shares else ""
         lines.append(f"{model:36} {score[error]:10.4g} {100 * score['skill']:6.2f} % {weight}".rstrip())
     typer.echo("\n".join([*lines, "", sentence]))
+    tell_chosen(*params_files)
     files = [run.validation.folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
     tell_next(f"in Python: kallos.models.load_ensemble({str(files[-1])!r}).predict(rows)")
@@ -57,4 +58,4 @@ def ensemble(
     db_url = given.pop("db_url", None)
     settings = ensemble_settings({"output_path": Path()} | given, source="the options")
     run = train_ensemble(settings, db=db_url)
-    _tell(run, write_metrics(run.validation))
+    _tell(run, write_metrics(run.validation), [base.params_file for base in settings.bases])

@@ -125,7 +125,7 @@ _LABELS_ONLY = ("db_url", "no_report", "n_epochs", "config")
 
 
 def _train_on_labels(given: dict[str, Any]) -> None:
-    from kallos.evaluation.verdict import judge
+    from kallos.evaluation.verdict import in_words, judge
     from kallos.models.label_trainer import LabelTrainSettings, train_on_labels
     from kallos.models.labelled import complete_from_splits
     from kallos.models.parameters import merge_params
@@ -137,7 +137,7 @@ def _train_on_labels(given: dict[str, Any]) -> None:
     tuned.pop("n_epochs", None)
     run = train_on_labels(LabelTrainSettings.from_values(complete_from_splits(tuned), source="the options"))
     flattered = " (its parameters may have been chosen by these rows)" if "params_file" in given else ""
-    typer.echo(f"On the validation rows{flattered}: {judge(run.forecasts).sentence}\n\nFiles:")
+    typer.echo(f"On the validation rows{flattered}: {in_words(lambda: judge(run.forecasts))}\n\nFiles:")
     typer.echo("\n".join(f"  {path}" for path in sorted(run.folder.rglob("*")) if path.is_file()))
     if "params_file" not in given:
         again = f"--splits {shlex.quote(str(given['splits']))} --horizon {run.forecasts['horizon'].iloc[0]}"
@@ -179,11 +179,12 @@ def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) ->
     from kallos.core.runs import read_json
     from kallos.evaluation.multiple_testing import judge_search
     from kallos.evaluation.trials import judge_best_trial
+    from kallos.evaluation.verdict import in_words
 
     file = settings.folder / f"{_stem(settings)}_best_params.json"
     best = read_json(file, what="parameters file")
     typer.echo(f"{best['study_name']}: {best['n_trials']} finished trials; the best is number {best['trial']}")
-    sentence = judge_best_trial(settings, db=db_url).sentence
+    sentence = in_words(lambda: judge_best_trial(settings, db=db_url))
     said = _in_words(best["metrics"], of_classes=settings.target_col == "label")
     typer.echo(f"{said}\nOn the folds that chose it: {sentence}")
     typer.echo(f"The search charged: {judge_search(settings, db=db_url).sentence}")

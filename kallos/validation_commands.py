@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import command, tell_next
+from .options import command, tell_chosen, tell_next
 
 if TYPE_CHECKING:
     from kallos.models.cross_validation import CrossValidation
@@ -32,12 +32,13 @@ def _run(scheme: str, given: dict[str, Any]) -> None:
     settings = ValidationSettings.from_values(merged | {"scheme": scheme}, source="the options")
     run = cross_validate(settings, db=db_url)
     sentence = write_metrics(run)
-    _tell(run, sentence, write_figures(run))
+    _tell(run, sentence, write_figures(run), settings.params_file)
 
 # %% ../nbs/59d_validation_commands.ipynb #64cc9a36
-def _tell(run: "CrossValidation", sentence: str, pages: list[Path]) -> None:
+def _tell(run: "CrossValidation", sentence: str, pages: list[Path], params_file: Path) -> None:
     count, paths = run.forecasts["fold"].nunique(), len(run.paths)
     typer.echo(f"{count} folds, {len(run.forecasts):,} forecasts, {paths} path{'s' * (paths > 1)}\n{sentence}")
+    tell_chosen(params_file)
     files = [run.folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
     files += pages
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))

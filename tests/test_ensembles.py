@@ -21,7 +21,8 @@ from kallos.data.store import write_bars, write_features
 from kallos.data.tables import connect
 from kallos.evaluation.verdict import judge
 from kallos.models import base_forecasts, stacked_folds
-from kallos.models.base_forecasts import ensemble_settings, forecast_bases, longest_lookback
+from kallos.models.base_forecasts import ensemble_settings, forecast_bases
+from kallos.models.ensemble_training import out_of_sample
 from kallos.models.ensembles import EnsembleMethod, align_forecasts, fit_combination
 from kallos.models.labelled import tables_digest
 from kallos.models.partition import DataSettings, partition_bars
@@ -263,11 +264,11 @@ PAIR = "logistic_classifier,hist_gradient_boosting_classifier"
 
 
 def label_folder(folder: Path, *, end: str = "2022-12-31") -> Path:
-    """The folder, with labelled tables of a market with a gap, and what tune would have left of four models."""
-    bars = sample_bars(timeframe="1d", start="2019-01-01", end=end, seed=2).drop(range(900, 903))
-    made = DataSettings(asset_id="BTC", horizons="5", output_path=folder / "splits")
+    """The folder, with labelled tables that have a gap and end raggedly, and what tune leaves of four models."""
+    bars = sample_bars(timeframe="1d", start="2019-01-01", end=end, seed=4).drop(range(900, 903))
+    made = DataSettings(asset_id="BTC", horizons="10", output_path=folder / "splits")
     write_tables(partition_bars(bars.reset_index(drop=True), settings=made))
-    tables = {"tables": tables_digest(folder / "splits"), "horizon": 5}
+    tables = {"tables": tables_digest(folder / "splits"), "horizon": 10}
     for model, params in {
         "logistic_classifier": {"input_chunk_length": 2, "C": 0.001},
         "hist_gradient_boosting_classifier": TREES,
@@ -298,13 +299,13 @@ def test_no_combination_is_fitted_on_a_label_that_touches_a_judged_one(tmp_path,
     for scheme, how in ways.items():
         settings = ensemble_settings({"splits": folder / "splits", "output_path": folder, "scheme": scheme} | how)
         bases, before = forecast_bases(settings, progress=False), scheme == "walk-forward"
-        reach, unpurged = {"lookback": longest_lookback(settings), "only_before": before}, 0
         fitted.clear()
-        made = stack_folds(bases.tested, bases.known, settings, name="stack", **reach)
+        unpurged = 0
+        made = out_of_sample(settings, bases)
         for fold, rows in zip(made.combinations, fitted, strict=True):
             judged = bases.tested[fold].rows
             assert len(rows) >= 50 and touching(rows, judged) == 0
-            last = rows["ts"].max() + pd.Timedelta("5D")  # what a label settled early says waits for the others
+            last = rows["ts"].max() + pd.Timedelta("10D")  # what a label settled early says waits for the others
             assert not before or last < judged["ts"].min()
             unpurged += touching(bases.known(fold).rows, judged)
         assert unpurged > 0  # or the assertion above could not fail
@@ -326,9 +327,14 @@ def test_the_command_takes_labelled_tables(tmp_path):
     assert metrics["classes"]["pooled"][0]["brier"] == pytest.approx(scores["stacking"]["brier"])
     ensemble = load_ensemble(out / "manifest.json")
     rows = load_ensemble_rows(ensemble, splits=folder / "splits")
+    whole = load_ensemble_rows(ensemble, splits=folder / "splits", end_date=best["end_date"])["BTC"]
+    assert (whole.index[len(rows["BTC"])] - rows["BTC"].index[-1]).days > 1  # a hole, which is not forecast across
     ahead = ensemble.predict(rows, n_rows=3)
     assert np.allclose(ahead[PROBABILITIES].sum(axis=1), 1)
     assert np.allclose(ahead["y_pred"], ahead["p_up"] - ahead["p_down"]) and ahead["y_pred"].nunique() == 3
+    judged = ("evaluate", "--ensemble", out / "manifest.json", "--schemes", "cv", "--n-splits", 4, "--no-report")
+    said = run_command(folder, *judged)
+    assert read_json(folder / "stacking_BTC_evaluation" / "evaluation.json")["sentence"] in said and "test rows" in said
     scaler = out / "logistic_classifier_BTC" / "logistic_classifier_BTC_scaler.pkl"
     scaler.write_bytes(scaler.read_bytes()[:-1] + b"!")
     with pytest.raises(ArtifactError, match="is changed"):
@@ -374,6 +380,16 @@ def test_the_command_judges_trains_and_saves_and_a_model_that_joins_is_fitted_al
     rows = load_ensemble_rows(ensemble, f"sqlite:///{folder}/data/kallos.db", end_date=END)
     ahead = ensemble.predict(rows, n_rows=2)
     assert ahead["target_ts"].iloc[-1] == rows["BTC"].index[-1] + pd.Timedelta("1D") and ahead["y_pred"].notna().all()
+
+    words = ("evaluate", "--ensemble", out / "manifest.json")
+    said = run_command(folder, *words, "--schemes", "cv", "--n-splits", 4)
+    found = read_json(folder / "stacking_BTC_evaluation" / "evaluation.json")
+    assert found["sentence"] in said and "linear: The parameters file names no study" in found["search_sentence"]
+    assert [look["model_name"] for look in found["held_out"]["looks"]] == ["stacking"]
+    assert "An ensemble of linear" in (folder / "stacking_BTC_evaluate.html").read_text(encoding="utf8")
+    message = "--model-name has no meaning beside --ensemble"
+    assert_refused(folder, *words, "--model-name", "linear", message=message)
+    assert_refused(folder, "evaluate", *WHAT, message="nothing says what is to be evaluated")
 
     kept = folder / "folds_BTC_1d"
     files = [*kept.glob("*.parquet"), *(out / "linear_BTC").glob("*.pt")]

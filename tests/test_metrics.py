@@ -103,7 +103,7 @@ def test_every_row_is_in_one_bin_and_down_mirrors_up(rows: pd.DataFrame):
     pd.testing.assert_frame_equal(down, up)
 
 
-@given(labels(least=10))
+@given(labels(least=50))
 @settings(deadline=None, max_examples=25)
 def test_the_verdict_on_labels_is_the_brier_skill_score(rows: pd.DataFrame):
     verdict, score = judge(rows), score_classes(rows).iloc[0]

@@ -115,7 +115,9 @@ __getattr__, __dir__, __all__ = lazy(
             "calibration_error",
             "calibration_table",
             "class_probabilities",
+            "effective_count",
             "score_classes",
+            "wilson_interval",
         ),
         "plots": (
             "MARK",

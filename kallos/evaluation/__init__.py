@@ -20,8 +20,12 @@ __getattr__, __dir__, __all__ = lazy(
         "verdict": (
             "DieboldMariano",
             "Verdict",
+            "at_level",
             "compare_losses",
             "diebold_mariano",
+            "fewest_forecasts",
+            "in_words",
+            "interval_name",
             "judge",
         ),
         "trials": ("judge_best_trial",),
@@ -90,6 +94,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "multiple_testing": (
             "SearchVerdict",
+            "always_long",
             "bets_per_year",
             "judge_returns",
             "judge_search",

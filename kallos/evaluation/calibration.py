@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..core.classification import CLASSES, calibration_error, class_probabilities
+from ..core.classification import CLASSES, calibration_error, class_probabilities, effective_count
 from ..core.errors import DataError
+from .verdict import at_level
 
 # %% ../../nbs/evaluation/32g_calibration.ipynb #dc0e3963
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _fault(slope: float, lower: float, upper: float, p_value: float, level: floa
 
 
 def _sentence(slope: float, lower: float, upper: float, p_value: float, level: float) -> str:
-    measured = f"slope {slope:.2f}, {lower:.2f} to {upper:.2f}"
+    measured = f"slope {slope:.2f}, {100 * (1 - level):.4g} % interval {lower:.2f} to {upper:.2f}"
     much = "nothing" if slope <= 0 else f"{slope:.0%}"
     return {
         "": f"Nothing says that the forecasts are too bold or too timid ({measured}; 1 is right).",
@@ -114,10 +115,11 @@ def class_calibration(
     possible = np.flatnonzero(given.any(axis=0) | came.any(axis=0))
     how = {"horizon": int(rows["horizon"].iloc[0]), "level": level / len(possible)}
     found = {_NAMES[k]: _line(given[:, k] - naive[:, k], came[:, k] - naive[:, k], **how) for k in possible}
-    return ClassCalibration(len(rows), calibration_error(rows), found, _of_classes(found, how["level"]))
+    asked = f", judged {said}" if (said := at_level(level)) else ""
+    return ClassCalibration(len(rows), calibration_error(rows), found, _of_classes(found, how["level"], asked))
 
 # %% ../../nbs/evaluation/32g_calibration.ipynb #bf99e70c
-def _of_classes(found: dict[str, Calibration], level: float) -> str:
+def _of_classes(found: dict[str, Calibration], level: float, asked: str) -> str:
     if all(math.isnan(one.slope) for one in found.values()):
         return "The probabilities never differ from the naive ones by more than a constant: nothing to calibrate."
     slopes = ", ".join(f"{name} {one.slope:.2f}" for name, one in found.items() if not math.isnan(one.slope))
@@ -127,7 +129,7 @@ def _of_classes(found: dict[str, Calibration], level: float) -> str:
         faults.setdefault(_fault(*line, level), []).append(name)
     said = "; ".join(f"{', '.join(names)} {fault}" for fault, names in faults.items() if fault)
     begin = f"The probabilities cannot be taken at their word: {said}" if said else _NO_FAULT
-    return f"{begin} (slopes: {slopes}; 1 is right, 0 is noise)."
+    return f"{begin} (slopes: {slopes}; 1 is right, 0 is noise){asked}."
 
 
 _NO_FAULT = "Nothing says that the probabilities are too bold or too timid"
@@ -143,7 +145,7 @@ def calibration_bins(
     found = pd.DataFrame({"said": said, "came": came})
     groups = found.groupby(pd.qcut(said, min(n_bins, max(1, len(said) // 10)), duplicates="drop"), observed=True)
     table = groups.mean().assign(n=groups.size())
-    reach = 1.96 * groups["came"].std() / np.sqrt(table["n"])
+    reach = 1.96 * groups["came"].std() / np.sqrt(effective_count(table["n"], forecasts["horizon"].max()))
     return table.assign(lower=table["came"] - reach, upper=table["came"] + reach).reset_index(drop=True)
 
 # %% ../../nbs/evaluation/32g_calibration.ipynb #532af1ea
@@ -158,5 +160,5 @@ def residual_autocorrelation(
     centred = left - left.mean()
     total = centred @ centred
     values = [centred[lag:] @ centred[:-lag] / total if total > 0 else 0.0 for lag in range(1, n_lags + 1)]
-    bound = 1.96 / math.sqrt(len(left))
+    bound = 1.96 / math.sqrt(effective_count(len(left), forecasts["horizon"].max()))
     return pd.DataFrame({"lag": np.arange(1, n_lags + 1), "autocorrelation": values, "bound": bound})

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from ..core.classification import effective_count, wilson_interval
 from ..core.errors import ConfigError, DataError
 
 # %% ../../nbs/evaluation/29b_conformal.ipynb #7775d0f6
@@ -113,15 +114,13 @@ def coverage(
 
 
 def _covered(rows: pd.DataFrame) -> dict[str, float]:
-    from scipy.stats import binomtest
-
     rows = rows.dropna(subset=["y_lower", "y_upper"])
     n, hits = len(rows), int(rows.eval("y_lower <= y_true <= y_upper").sum())
     if not n:
         return {"n": 0} | dict.fromkeys(("coverage", "lower", "upper", "mean_width"), math.nan)
-    chance = binomtest(hits, n).proportion_ci(method="wilson")
+    lower, upper = map(float, wilson_interval(hits / n, effective_count(n, rows["horizon"].max())))
     width = float((rows["y_upper"] - rows["y_lower"]).mean())
-    return {"n": n, "coverage": hits / n, "lower": chance.low, "upper": chance.high, "mean_width": width}
+    return {"n": n, "coverage": hits / n, "lower": lower, "upper": upper, "mean_width": width}
 
 # %% ../../nbs/evaluation/29b_conformal.ipynb #a69f84dc
 def interval_calibration(

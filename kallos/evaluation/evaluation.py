@@ -23,6 +23,7 @@ from .evaluation_settings import EvaluateSettings, evaluation_folder, judge_all_
 from .held_out import HeldOut, load_all_rows, look_once
 from .multiple_testing import SearchVerdict
 from .paths import PathVerdict, judge_path, sentence_of, write_metrics
+from .verdict import at_level
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #a64bf165
 from kallos.models.cross_validation import (
@@ -73,23 +74,26 @@ def _headline(
         asked = f"so that chance must explain it in less than {settings.level / len(held.looks):.2%} of cases"
         begin += f" but were looked at {len(held.looks)} times, with other parameters or models, {asked}"
     others = ", ".join(f"{scheme} {_said_by(paths)}" for scheme, paths in verdicts.items())
-    return f"{begin}: {detail[0].lower()}{detail[1:]}. The rows before {end}: {others}."
+    asked = f", {said}" if (said := at_level(settings.level)) else ""
+    return f"{begin}: {detail[0].lower()}{detail[1:]}. The rows before {end}{asked}: {others}."
 
 
 _OF_TABLES = ("test rows", "the test table is too short")
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #af45d4cf
 def _row(name: str, paths: list[PathVerdict]) -> dict[str, Any]:
-    one = pd.DataFrame([asdict(path.verdict) | {"sharpe": path.sharpe} for path in paths])
+    earned = ("sharpe", "sharpe_long")
+    one = pd.DataFrame([asdict(path.verdict) | {name: getattr(path, name) for name in earned} for path in paths])
     error = "rmse" if one["brier"].isna().all() else "brier"
-    median = one[["n", f"{error}_naive", error, "skill", "skill_lower", "skill_upper", "p_value", "sharpe"]].median()
+    kept = ["n", f"{error}_naive", error, "skill", "skill_lower", "skill_upper", "p_value", "level", *earned]
+    median = one[kept].median()
     return {"rows": name, "paths": len(paths)} | median.to_dict() | {"n": int(median["n"]), "verdict": _said_by(paths)}
 
 
 def answers(
     evaluation: Evaluation,  # from `evaluate`
 ) -> pd.DataFrame:
-    """One row a set of rows, those that decide first: n, rmse or brier of both, skill, interval, p_value, sharpe."""
+    """One row a set of rows, those that decide first: n, rmse or brier of both, skill, interval, level, sharpe."""
     name = "test rows" if evaluation.settings.splits else "after the end date"
     held = {name: [evaluation.held_out_verdict]} if evaluation.held_out_verdict else {}
     rows = [_row(name, paths) for name, paths in (held | evaluation.verdicts).items()]
@@ -99,9 +103,12 @@ def answers(
 def path_scores(
     verdicts: list[PathVerdict],  # of one scheme
 ) -> pd.DataFrame:
-    """One row a path: its number, skill and its interval, and the Sharpe ratio."""
+    """One row a path: its number, skill and its interval, and the Sharpe ratios."""
     kept = ["skill", "skill_lower", "skill_upper", "p_value"]
-    rows = [{name: getattr(one.verdict, name) for name in kept} | {"sharpe": one.sharpe} for one in verdicts]
+    earned = [{"sharpe": one.sharpe, "sharpe_long": one.sharpe_long} for one in verdicts]
+    rows = [
+        {name: getattr(one.verdict, name) for name in kept} | own for one, own in zip(verdicts, earned, strict=True)
+    ]
     return pd.DataFrame(rows).rename_axis("path").reset_index()
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #3b491f0a
@@ -130,6 +137,7 @@ def _record(evaluation: Evaluation) -> dict[str, Any]:
     e, held = evaluation, evaluation.held_out
     search = e.search and {
         "n_trials": e.search.n_trials, "n_completed": e.search.n_completed, "sharpe": e.search.sharpe,
+        "sharpe_long": e.search.sharpe_long,
         "probabilistic": e.search.probabilistic, "deflated": e.search.deflated and e.search.deflated.probability,
         "pbo": e.search.selection and e.search.selection.pbo,
     }  # fmt: skip
@@ -173,7 +181,7 @@ def _judge_all(settings: EvaluateSettings, db: Any, progress: bool) -> tuple[dic
     """The runs and the verdicts, by scheme."""
     runs = {name: _validate(settings, name, db, progress) for name in settings.schemes}
     for run in runs.values():
-        write_metrics(run, fee=settings.fee)
+        write_metrics(run, fee=settings.fee, level=settings.level)
     how = {"fee": settings.fee, "level": settings.level}
     return runs, {name: [judge_path(path, **how) for path in run.paths] for name, run in runs.items()}
 

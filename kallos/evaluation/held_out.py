@@ -22,6 +22,7 @@ from ..core.config import as_parameters
 from ..core.errors import ConfigError
 from ..core.runs import fingerprint, read_json, seed_everything, write_json
 from ..data.spans import Part
+from .verdict import fewest_forecasts
 from ..models.architectures import MODELS
 from ..models.container import TimeSeriesDataContainer, window_ends
 from ..models.cross_validation import FoldSettings, fold_key, keep_table, run_parts
@@ -49,7 +50,7 @@ def can_be_tested(
     lookback: int = 1,  # the model's input chunk, in bars
 ) -> bool:
     """Whether enough rows lie after the end date."""
-    rows, least = table.index[table.index > settings.end_date], max(10, 2 * settings.horizon)
+    rows, least = table.index[table.index > settings.end_date], fewest_forecasts(settings.horizon)
     if len(rows) < least + settings.horizon or not settings.splits:
         return len(rows) >= least + settings.horizon
     return (

@@ -7,6 +7,7 @@ __all__ = ['INTERVAL_LEVEL', 'PathVerdict', 'judge_path', 'path_returns', 'sente
            'learns_from', 'metrics_of', 'write_metrics']
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #9a99d2cc
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ from ..core.metrics import score_forecasts, sharpe
 from ..core.runs import write_json
 from ..data.splits import WalkForwardSplit
 from .conformal import conformal_intervals, coverage
-from .multiple_testing import bets_per_year, strategy_returns
-from .verdict import Verdict, judge
+from .multiple_testing import always_long, bets_per_year, strategy_returns
+from .verdict import Verdict, at_level, judge
 from ..models.cross_validation import CrossValidation
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #ba4b85b9
@@ -29,7 +30,8 @@ class PathVerdict:
     """What one history of forecasts is worth."""
 
     verdict: Verdict
-    sharpe: float  # annual, of the sign strategy net of the fee; NaN if it never changes
+    sharpe: float  # annual, of the sign strategy net of the fee; NaN if it never bets
+    sharpe_long: float = math.nan  # of always betting up at the same times, net of the same fee
 
 
 def judge_path(
@@ -39,8 +41,13 @@ def judge_path(
     level: float = 0.05,  # how often chance may be taken for skill, between 0 and 0.5
 ) -> PathVerdict:
     """The verdict on the path and what betting on it would have earned; errors as in `judge`."""
-    earned, periods = strategy_returns(forecasts, fee=fee), bets_per_year(forecasts)
-    return PathVerdict(judge(forecasts, level=level), sharpe(earned, periods_per_year=periods))
+    verdict, account = judge(forecasts, level=level), _one_account(forecasts)
+    periods, sides = bets_per_year(account), (account, always_long(account))
+    return PathVerdict(verdict, *(sharpe(strategy_returns(side, fee=fee), periods_per_year=periods) for side in sides))
+
+
+def _one_account(path: pd.DataFrame) -> pd.DataFrame:
+    return path.assign(fold=0)
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #95378a88
 def path_returns(
@@ -49,7 +56,8 @@ def path_returns(
     fee: float = 0.001,  # share of the traded amount, on each side
 ) -> pd.DataFrame:
     """(times, paths) net returns of the sign strategy by `ts`, a column a path, as `plot_paths` draws them."""
-    return pd.DataFrame({number: strategy_returns(path, fee=fee) for number, path in enumerate(paths)})
+    accounts = enumerate(map(_one_account, paths))
+    return pd.DataFrame({number: strategy_returns(account, fee=fee) for number, account in accounts})
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #226d16ab
 def sentence_of(
@@ -58,14 +66,33 @@ def sentence_of(
     """What the paths say together."""
     if len(paths) == 1:
         return paths[0].verdict.sentence
-    skilled, saved = sum(path.verdict.has_skill for path in paths), [100 * path.verdict.skill for path in paths]
-    earned, answer = [path.sharpe for path in paths], "Skill" if 2 * skilled > len(paths) else "No skill"
+    skilled, first = sum(path.verdict.has_skill for path in paths), paths[0].verdict
+    answer = "Skill" if 2 * skilled > len(paths) else "No skill"
+    asked = f" {said}" if (said := at_level(first.level)) else ""
+    saved = _known([100 * path.verdict.skill for path in paths])
+    share = "nothing that could be saved"  # the naive forecast made no error
+    if saved:
+        share = f"{np.median(saved):+.1f} % of its {first.loss} ({min(saved):+.1f} to {max(saved):+.1f})"
     return (
-        f"{answer}: {skilled} of {len(paths)} paths beat the naive forecast beyond chance; the median path saves "
-        f"{np.median(saved):+.1f} % of its {paths[0].verdict.loss} ({min(saved):+.1f} to {max(saved):+.1f}), and has "
-        f"an annual Sharpe ratio of {np.nanmedian(earned):.2f} net of the fee "
-        f"({np.nanmin(earned):.2f} to {np.nanmax(earned):.2f})."
+        f"{answer}: {skilled} of {len(paths)} paths beat the naive forecast beyond chance{asked}; "
+        f"the median path saves {share}, and {_earned(paths)}."
     )
+
+
+def _known(values: list[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+# %% ../../nbs/evaluation/32d_paths.ipynb #707170aa
+def _earned(paths: list[PathVerdict]) -> str:
+    earned, drift = (_known([getattr(path, name) for path in paths]) for name in ("sharpe", "sharpe_long"))
+    if not earned:
+        return "never bets"
+    around = [f"{min(earned):.2f} to {max(earned):.2f}"]
+    if drift:
+        around.append(f"always betting up at the same times: {np.median(drift):.2f}")
+    if idle := len(paths) - len(earned):
+        around.append(f"{idle} of {len(paths)} paths never bet")
+    return f"has an annual Sharpe ratio of {np.median(earned):.2f} net of the fee ({'; '.join(around)})"
 
 # %% ../../nbs/evaluation/32d_paths.ipynb #b6300c7a
 _MOST_JUDGED = 60  # folds
@@ -73,18 +100,21 @@ _MOST_JUDGED = 60  # folds
 
 def judge_folds(
     forecasts: pd.DataFrame,  # a Forecasts table of one model, all folds
+    *,
+    level: float = 0.05,  # as in `judge`; the intervals are of 1 - 2 * level
 ) -> pd.DataFrame:
     """One row a fold: fold, n, skill, skill_lower and skill_upper; NaN where it cannot be judged."""
     folds = list(forecasts.groupby("fold"))
-    return pd.DataFrame([{"fold": fold} | _judge_fold(rows, len(folds) <= _MOST_JUDGED) for fold, rows in folds])
+    most = level if len(folds) <= _MOST_JUDGED else None
+    return pd.DataFrame([{"fold": fold} | _judge_fold(rows, most) for fold, rows in folds])
 
 
-def _judge_fold(rows: pd.DataFrame, with_interval: bool) -> dict[str, float]:
+def _judge_fold(rows: pd.DataFrame, level: float | None) -> dict[str, float]:
     is_label, unknown = rows["target"].iloc[0] == "label", {"skill_lower": np.nan, "skill_upper": np.nan}
     scores = score_classes(rows, by=["fold"]) if is_label else score_forecasts(rows, by=["fold"])
     skill = {"n": len(rows), "skill": float(scores["brier_skill" if is_label else "skill"].iloc[0])}
     try:
-        verdict = judge(rows, n_resamples=1_000) if with_interval else None
+        verdict = judge(rows, level=level, n_resamples=1_000) if level else None
     except DataError:  # too few forecasts
         verdict = None
     return skill | ({name: getattr(verdict, name) for name in unknown} if verdict else unknown)
@@ -110,11 +140,13 @@ def metrics_of(
     run: CrossValidation,  # as `cross_validate` returns it
     *,
     fee: float = 0.001,  # share of the traded amount, on each side
+    level: float = 0.05,  # how often chance may be taken for skill, between 0 and 0.5
 ) -> dict[str, Any]:
     """Everything that metrics.json holds."""
-    paths, tested = [judge_path(path, fee=fee) for path in run.paths], run.forecasts
-    found = {"sentence": sentence_of(paths), "fee": fee, "fold_skill": _rows(judge_folds(tested))}
-    found["paths"] = [asdict(path.verdict) | {"sharpe": path.sharpe} for path in paths]
+    paths, tested = [judge_path(path, fee=fee, level=level) for path in run.paths], run.forecasts
+    found = {"sentence": sentence_of(paths), "fee": fee, "level": level}
+    found["fold_skill"] = _rows(judge_folds(tested, level=level))
+    found["paths"] = [asdict(one.verdict) | {"sharpe": one.sharpe, "sharpe_long": one.sharpe_long} for one in paths]
     found["folds"], found["pooled"] = (_rows(score_forecasts(tested, by=by)) for by in (["fold"], ["target"]))
     found["classes"] = {name: _rows(score_classes(tested, by=[by])) for name, by in _GROUPS.items()}
     if tested["target"].iloc[0] == "label":
@@ -138,8 +170,9 @@ def write_metrics(
     run: CrossValidation,  # as `cross_validate` returns it
     *,
     fee: float = 0.001,  # share of the traded amount, on each side
+    level: float = 0.05,  # how often chance may be taken for skill, between 0 and 0.5
 ) -> str:
     """The sentence; metrics.json in the run's folder holds it with every path and fold."""
-    found = metrics_of(run, fee=fee)
+    found = metrics_of(run, fee=fee, level=level)
     write_json(run.folder / "metrics.json", found)
     return found["sentence"]

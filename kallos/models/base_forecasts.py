@@ -185,11 +185,11 @@ def load_bases(
 ) -> dict[str, pd.DataFrame]:
     """Each base model's rows by its name, all of the same times; DataError if there are none."""
     tables = {label: load_rows(base, db) for label, base in zip(settings.labels, settings.bases, strict=True)}
+    tables = {label: _end_whole(settings, table, label) for label, table in tables.items()}
     ends = {label: f"{table.index[-1]:%Y-%m-%d %H:%M}" for label, table in tables.items()}
     if len({*ends.values()}) > 1:
         todo = "Bring them up to date, or use an --end-date by which all are known."
         raise DataError("the base models' rows end at different times", ends, todo)
-    _refuse_late_gap(settings, tables)
     common = next(iter(tables.values())).index
     for table in tables.values():
         common = common.intersection(table.index)
@@ -198,13 +198,18 @@ def load_bases(
     return {label: table.loc[common] for label, table in tables.items()}
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #5bc0911f
-def _refuse_late_gap(settings: EnsembleSettings, tables: dict[str, pd.DataFrame]) -> None:
+def _end_whole(settings: EnsembleSettings, table: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The table up to the end of its last stretch that is long enough; DataError on a gap that can be filled."""
     needed = longest_lookback(settings) + settings.own.horizon
-    for label, table in tables.items():
-        runs = segment_ids(last := table.index[-needed:], timeframe=settings.own.timeframe)
-        if runs[-1]:
-            gap, todo = last[int(np.flatnonzero(runs == runs[-1])[0])], "Fill it, or use an --end-date before it."
-            raise DataError(f"{label}: a gap among the last {needed} rows, to forecast from", f"before {gap}", todo)
+    runs = pd.Series(segment_ids(table.index, timeframe=settings.own.timeframe))
+    whole = np.flatnonzero(runs.groupby(runs).transform("size") >= needed)
+    if not len(whole):
+        raise DataError(f"{label}: no {needed} rows without a gap", f"{len(table)} rows", "Use bars with fewer gaps.")
+    stop = int(whole[-1]) + 1
+    if stop < len(table) and settings.own.splits is None:
+        todo = "Fill it, or use an --end-date before it."
+        raise DataError(f"{label}: a gap among the last {needed} rows, to forecast from", f"{table.index[stop]}", todo)
+    return table.iloc[:stop]
 
 # %% ../../nbs/models/27b_base_forecasts.ipynb #5729c042
 def times_to_forecast(
@@ -268,9 +273,9 @@ def _inner_splitter(settings: EnsembleSettings) -> CombinatorialPurgedCV | None:
     """What makes the fits to learn from, None where those to judge serve; ConfigError on more than could ever end."""
     if not settings.is_fitted or settings.own.scheme == "walk-forward":
         return None
-    n_groups, n_tested = _groups(settings.own)
+    n_groups, n_tested = _groups(own := settings.own)
     try:
-        return CombinatorialPurgedCV(n_groups, n_tested + 1, horizon=settings.own.horizon, embargo=settings.own.embargo)
+        return CombinatorialPurgedCV(n_groups, n_tested + 1, horizon=own.horizon, embargo=own.embargo)
     except ConfigError as error:
         made = f"a fitted combination leaves out one group more than it judges, {n_tested + 1} of {n_groups}"
         raise ConfigError(f"{made}: {error}") from None

@@ -141,7 +141,7 @@ def _save(settings: EnsembleSettings, combination: Combination, trained: list[Tr
 def _prove(settings: EnsembleSettings, combination: Combination, said: list[np.ndarray], db: Any) -> float:
     """The forecast after the last row; TrainingError if what is read back forecasts otherwise."""
     ensemble = assemble(settings.folder)
-    rows = load_ensemble_rows(ensemble, db, end_date=settings.own.end_date)
+    rows = load_ensemble_rows(ensemble, db, end_date=None if settings.own.splits else settings.own.end_date)
     found = ensemble.predict(rows)
     expected = combine(align_said(found, combination.models, said), combination, name=settings.title)
     unit = float(rows[settings.asset_id][settings.own.target_col].std())
@@ -188,6 +188,8 @@ def train_ensemble(
     folder, trained = settings.folder, [_train_settings(base, settings.folder) for base in settings.bases]
     longest_lookback(settings)  # refuses unusable hyperparameters
     bases, stack, combination = _combined(settings, db, progress)
+    if settings.own.splits:  # whose rows may end raggedly
+        trained = [each.model_copy(update={"end_date": bases.ts[-1].to_pydatetime()}) for each in trained]
     said = [_train_base(each, db) for each in trained]
     _save(settings, combination, trained)
     last, paths = _prove(settings, combination, said, db), paths_of(stack.forecasts, bases.splitter, bases.ts)

@@ -188,7 +188,9 @@ def load_ensemble_rows(
     ensemble: Ensemble,  # read back
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`; labelled tables need none
     *,
-    end_date: str | pd.Timestamp | None = None,  # the last moment that a row may be known, UTC; all rows if None
+    end_date: str
+    | pd.Timestamp
+    | None = None,  # the last moment that a row may be known, UTC; all rows, of tables those of the training, if None
     splits: str | Path | None = None,  # where the labelled tables lie now; where they were at training if None
 ) -> dict[str, pd.DataFrame]:
     """The rows of each asset with what any of its base models reads; DataError if there are none."""
@@ -210,7 +212,7 @@ def _labelled(ensemble: Ensemble, end_date: str | pd.Timestamp | None, splits: s
     table = pd.DataFrame()
     for base in ensemble.bases:
         given = {name: base.settings[name] for name in RunSettings.model_fields if name in base.settings}
-        given |= {"end_date": end_date, "splits": splits or given["splits"]}
+        given |= {"end_date": end_date or given["end_date"], "splits": splits or given["splits"]}
         rows = load_labelled(RunSettings.from_values(complete_from_splits(given), source="the ensemble"))
         table = rows.assign(**table)
     return table
