@@ -171,8 +171,7 @@ def ensemble_settings(
         raise ConfigError("an ensemble needs an asset_id and models", [asset, models], "Name them, e.g. gru,lstm.")
     members = [_member(text, asset) for text in (models.split(",") if isinstance(models, str) else models)]
     if len(members) < 2:
-        todo = "Name two or more with commas between, e.g. gru,lstm; `kallos-run cv` judges a single model."
-        raise ConfigError("an ensemble needs at least two models", models, todo)
+        raise ConfigError("an ensemble needs at least two models", models, "Name two or more, as in gru,lstm.")
     own = {name: given.pop(name) for name in (*EnsembleMethod.model_fields, "name") if name in given}
     found = _params_files(members, files, Path(given.get("output_path") or project_root()))
     bases = [_base(given, *member, file, source) for member, file in zip(members, found, strict=True)]
@@ -301,8 +300,7 @@ def _known(
     if (inner := _inner_splitter(settings)) is None:
         number = whole.rows["fold"].to_numpy()
         return lambda fold: whole.select(number < fold)
-    ts = data[settings.labels[0]].index
-    tables = _run(settings, data, inner, progress)
+    tables, ts = _run(settings, data, inner, progress), data[settings.labels[0]].index
     tables = {label: table.assign(row=ts.get_indexer(known_times(table))) for label, table in tables.items()}
     layout = splitter.test_groups(), inner.test_groups(), group_edges(len(ts), inner.n_groups)
     return lambda fold: align_forecasts(_learn_from(fold, tables, *layout), asset_id=settings.asset_id)
