@@ -14,6 +14,7 @@ import typer
 from .options import command, tell_chosen, tell_next
 
 if TYPE_CHECKING:
+    from kallos.models.base_forecasts import EnsembleSettings
     from kallos.models.ensemble_training import TrainedEnsemble
 
 ensemble_app = typer.Typer()
@@ -35,6 +36,16 @@ def _tell(run: "TrainedEnsemble", sentence: str, params_files: list[Path]) -> No
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
     tell_next(f"in Python: kallos.models.load_ensemble({str(files[-1])!r}).predict(rows)")
 
+# %% ../nbs/59e_ensemble_commands.ipynb #c9640f04
+def _settings(given: dict[str, Any]) -> "EnsembleSettings":
+    from kallos.models.base_forecasts import ensemble_settings
+    from kallos.models.parameters import refuse_later_end
+
+    settings = ensemble_settings({"output_path": Path()} | given, source="the options")
+    for base in settings.bases:
+        refuse_later_end(base.params_file, base.end_date)
+    return settings
+
 # %% ../nbs/59e_ensemble_commands.ipynb #68fcb444
 _BASES = "asset_id models end_date splits params_files method weighting penalty holdout_share name timeframe target_col"
 _SPLITS = "feature_groups horizon scheme n_splits n_groups n_test_groups refit_every first_train_share train_window"
@@ -52,10 +63,9 @@ def ensemble(
 ) -> None:
     """Combine tuned models, judge the combination as a single model, and save what loads and forecasts like one."""
     from kallos.evaluation.paths import write_metrics
-    from kallos.models.base_forecasts import ensemble_settings
     from kallos.models.ensemble_training import train_ensemble
 
     db_url = given.pop("db_url", None)
-    settings = ensemble_settings({"output_path": Path()} | given, source="the options")
+    settings = _settings(given)
     run = train_ensemble(settings, db=db_url)
     _tell(run, write_metrics(run.validation), [base.params_file for base in settings.bases])

@@ -24,12 +24,13 @@ def _run(scheme: str, given: dict[str, Any]) -> None:
     from kallos.evaluation.paths import write_metrics
     from kallos.models.cross_validation import ValidationSettings, cross_validate
     from kallos.models.labelled import complete_from_splits
-    from kallos.models.parameters import merge_params
+    from kallos.models.parameters import merge_params, refuse_later_end
 
     db_url = given.pop("db_url", None)
     merged = complete_from_splits(merge_params({"output_path": Path()} | given, given["params_file"]))
     merged.pop("n_epochs", None)  # an inner tail says when to stop
     settings = ValidationSettings.from_values(merged | {"scheme": scheme}, source="the options")
+    refuse_later_end(settings.params_file, settings.end_date)
     run = cross_validate(settings, db=db_url)
     sentence = write_metrics(run)
     _tell(run, sentence, write_figures(run), settings.params_file)

@@ -112,6 +112,8 @@ def test_the_look_at_the_test_rows_is_on_record(page):
     assert [look["rows"] for look in looks] == [len(forecasts)]
     assert forecasts["ts"].min() >= pd.Timestamp(END, tz="UTC") and forecasts["target_ts"].is_unique
     assert len(forecasts) == manifest["results"]["test_seen"]["looks"][0]["rows"] > 150
+    later = ("--asset-id", "BTC", "--end-date", "2022-11-30", "--params-file", "linear_BTC_best_params.json")
+    assert "would be seen without being counted" in run(folder, "walk-forward", *later, code=2)
 
 
 @pytest.mark.slow

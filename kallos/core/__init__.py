@@ -96,6 +96,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "metrics": (
             "directional_accuracy",
+            "fewest_forecasts",
             "forecast_prices",
             "mae",
             "mape",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rmse', 'mae', 'skill', 'mape', 'smape', 'relative_mae', 'r2', 'mase', 'directional_accuracy', 'forecast_prices',
-           'score_forecasts', 'sign_strategy_returns', 'sharpe']
+           'score_forecasts', 'sign_strategy_returns', 'sharpe', 'fewest_forecasts']
 
 # %% ../../nbs/core/05_metrics.ipynb #c3d79c58
 import math
@@ -197,3 +197,10 @@ def sharpe(
     returns = np.asarray(returns, float)
     varies = returns.size > 0 and np.ptp(returns) > 0
     return float(returns.mean() / returns.std() * math.sqrt(periods_per_year)) if varies else math.nan
+
+# %% ../../nbs/core/05_metrics.ipynb #3ca69112
+def fewest_forecasts(
+    horizon: int,  # bars between a forecast and its target
+) -> int:
+    """How many forecasts a verdict needs, so that chance passes for skill hardly more often than the level says."""
+    return max(10, 10 * horizon)

@@ -23,7 +23,6 @@ __getattr__, __dir__, __all__ = lazy(
             "at_level",
             "compare_losses",
             "diebold_mariano",
-            "fewest_forecasts",
             "in_words",
             "interval_name",
             "judge",
@@ -124,6 +123,7 @@ __getattr__, __dir__, __all__ = lazy(
         "held_out": (
             "HeldOut",
             "can_be_tested",
+            "check_epochs",
             "forecast_held_out",
             "load_all_rows",
             "look_once",

@@ -20,7 +20,7 @@ from ..core.runs import write_json, write_manifest
 from .calibration import Calibration, ClassCalibration, class_calibration, mincer_zarnowitz
 from .ensemble_rows import cross_validate_ensemble, look_once_ensemble, read_ensemble, split_by
 from .evaluation_settings import EvaluateSettings, evaluation_folder, judge_all_searches, of_scheme
-from .held_out import HeldOut, load_all_rows, look_once
+from .held_out import HeldOut, can_be_tested, check_epochs, load_all_rows, look_once
 from .multiple_testing import SearchVerdict
 from .paths import PathVerdict, judge_path, sentence_of, write_metrics
 from .verdict import at_level
@@ -170,6 +170,12 @@ def _write(evaluation: Evaluation, table: pd.DataFrame) -> None:
     write_manifest(folder / "manifest.json", "evaluate", **about, artifacts=kept, results=results)
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #c9314635
+def _refuse_early(settings: EvaluateSettings, db: Any) -> None:
+    """ConfigError on what would be refused after hours of fits."""
+    if settings.ensemble is None and can_be_tested(load_all_rows(settings, db), settings):
+        check_epochs(settings, settings.n_epochs)
+
+# %% ../../nbs/evaluation/33b_evaluation.ipynb #cb770a43
 def _validate(settings: EvaluateSettings, scheme: str, db: Any, progress: bool) -> CrossValidation:
     how = {"db": db, "progress": progress}
     if settings.ensemble is None:
@@ -198,6 +204,7 @@ def evaluate(
     progress: bool = True,  # a progress bar on standard error
 ) -> Evaluation:
     """The whole verdict, which is on disk too; ConfigError, DataError or TrainingError otherwise."""
+    _refuse_early(settings, db)
     importance = _importance(settings, db, progress)
     runs, verdicts = _judge_all(settings, db, progress)
     held, table = _held_out(settings, db)

@@ -118,6 +118,7 @@ __getattr__, __dir__, __all__ = lazy(
         "parameters": (
             "merge_params",
             "read_params",
+            "refuse_later_end",
         ),
         "fits": (
             "BestWeights",

@@ -29,7 +29,9 @@ class _Frames(ColumnTransformer):
 
     def fit_transform(self, X: pd.DataFrame, y: object = None, **params) -> pd.DataFrame:
         """Fits on X and returns it scaled; DataError on a missing, empty or infinite column."""
-        return self._framed(X, super().fit_transform(_values(X, self.names), y, **params))
+        scaled = super().fit_transform(_values(X, self.names), y, **params)
+        self.feature_names_in_ = np.array(self.names, dtype=object)
+        return self._framed(X, scaled)
 
     def transform(self, X: pd.DataFrame, **params) -> pd.DataFrame:
         """X scaled; DataError on a missing, empty or infinite column."""

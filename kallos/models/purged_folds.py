@@ -12,6 +12,7 @@ import pandas as pd
 from ..core.config import RunSettings
 from ..core.errors import DataError
 from ..core.logs import log_event
+from ..core.metrics import fewest_forecasts
 from ..core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
 from ..data.bars import segment_ids
 from ..data.spans import Part
@@ -91,7 +92,7 @@ def empty_folds(
     for fold, parts in enumerate(splitter.parts(table)):
         judged |= (found := np.isin(parts, _TESTED) & free)
         empty |= set() if found.any() else {fold}
-    if (n := int(judged.sum())) < (least := max(10, 2 * horizon)):
+    if (n := int(judged.sum())) < (least := fewest_forecasts(horizon)):
         problem = f"the folds test {n} rows that {lookback + horizon - 1} rows without a gap lead to"
         raise DataError(f"{problem}; a verdict needs {least}", n, "Test more rows, load more data, or fill the gaps.")
     return empty
