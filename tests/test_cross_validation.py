@@ -111,7 +111,7 @@ def test_the_workers_of_a_dask_cluster_give_what_one_process_gives(folder):
         (("cv", *WHAT[:2], *WHAT[4:]), "end_date is required"),
         (("cv", *WHAT, "--dask-scheduler", "tcp://127.0.0.1:1"), "no Dask scheduler answers"),
         (("cv", *WHAT, "--dask-scheduler", "nonsense"), "no Dask scheduler answers (ValueError)"),
-        (("walk-forward", *WHAT, "--first-train-share", "0.99", "--refit-every", "2"), "a verdict needs 10"),
+        (("walk-forward", *WHAT, "--first-train-share", "0.995", "--refit-every", "2"), "a verdict needs 10"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value[:1] + value[7:])),
 )
