@@ -774,10 +774,22 @@ def test_a_replacing_order_leaves_other_assets_alone():
     assert status(result) == ["filled", "filled"]
 
 
-def test_a_replacing_order_takes_the_brackets_along():
+def test_a_replacing_order_leaves_the_brackets():
     bars = market(FLAT, QUIET, (100, 101, 99, 100), (100, 101, 90, 91))
     result = play(bars, order(0, stop_loss=0.05), order(1))
+    assert seen(result)[-1] == (3, -2, 95)
+
+
+def test_a_replacing_order_with_brackets_of_its_own_takes_those_of_before_along():
+    bars = market(FLAT, QUIET, (100, 101, 99, 100), (100, 101, 94, 95))
+    result = play(bars, order(0, stop_loss=0.05), order(1, stop_loss=0.1))
     assert last(result, "units_A") == 2
+
+
+def test_a_rejected_order_leaves_the_stop():
+    bars = market(FLAT, QUIET, (100, 101, 99, 100), (100, 101, 90, 91))
+    result = play(bars, order(0, size=2, stop_loss=0.05), order(1, size=0.1), min_notional=100)
+    assert seen(result)[-1] == (3, -2, 95)
 
 
 def test_a_replacing_order_ends_what_is_half_filled():

@@ -201,14 +201,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Market",
             "run_engine",
         ),
-        "markets": (
-            "VOLATILITY_WINDOW",
-            "check_market",
-            "due_funding",
-            "known_volatility",
-            "make_market",
-            "time_grid",
-        ),
         "ledger": (
             "COSTS",
             "ROUNDING",
@@ -250,6 +242,15 @@ __getattr__, __dir__, __all__ = lazy(
             "hold",
             "make_orders",
             "orders_of",
+        ),
+        "markets": (
+            "VOLATILITY_WINDOW",
+            "check_market",
+            "due_funding",
+            "known_volatility",
+            "make_market",
+            "nanoseconds",
+            "time_grid",
         ),
     },
 )

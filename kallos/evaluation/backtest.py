@@ -95,11 +95,12 @@ def _stop_level(bar, order, side, asset):
     reached, other = (asset.high, asset.low) if side > 0.0 else (asset.low, asset.high)
     level = order.price * (1.0 + side * order.trail)
     if side * (reached - level) >= 0.0:
-        return level
+        closes = asset.inside == bar and side * asset.units < 0.0
+        return level if not closes or side * (asset.entered - level) < 0.0 else asset.entered
     if order.kind == TRAILING_STOP and asset.inside != bar and side * (order.price - other) > 0.0:
-        level = other * (1.0 + side * order.trail)
-        if side * (reached - level) >= 0.0:
-            return level
+        raised = other * (1.0 + side * order.trail)
+        if side * (reached - raised) >= 0.0:
+            return min(raised, max(level, asset.close)) if side < 0.0 else max(raised, min(level, asset.close))
     return 0.0
 
 # %% ../../nbs/evaluation/33_backtest.ipynb #89033558
@@ -174,7 +175,7 @@ def _lay_out(t, quotes, tradable, funding, years, desk):
         asset = desk.assets[a]
         asset.open, asset.high, asset.low = quotes[0][t, a], quotes[1][t, a], quotes[2][t, a]
         asset.close, asset.volume = quotes[3][t, a], quotes[4][t, a]
-        asset.tradable, asset.after_open = tradable[t, a], asset.units
+        asset.tradable, asset.after_open, asset.taken = tradable[t, a], asset.units, 0.0
         asset.room = account.volume_limit * asset.volume if account.volume_limit > 0.0 else np.inf
         if account.slippage_volatility > 0.0:
             asset.volatility = quotes[5][t, a]

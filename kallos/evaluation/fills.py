@@ -26,7 +26,7 @@ WAITING, WORKING, FILLED, CANCELLED, EXPIRED, REJECTED = range(6)
 ORDER = np.dtype(
     [(name, "i8") for name in ("decided", "active", "asset", "kind", "unit", "last", "child", "children")]
     + [(name, "f8") for name in ("size", "price", "limit", "trail")]
-    + [("replaces", "?")]
+    + [("replaces", "?"), ("bracket", "?")]
     + [(name, "i8") for name in ("status", "side", "since", "rests", "live")]
     + [(name, "f8") for name in ("wanted", "filled", "value")]
 )
@@ -46,7 +46,7 @@ FUNDING = ("due_at_open", "due_above", "due_below")  # rates due at the open; in
 ASSET = np.dtype(
     [(name, "f8") for name in (*QUOTES, *FUNDING)]
     + [("tradable", "?")]
-    + [(name, "f8") for name in ("units", "after_open", "room", *FLOWS)]
+    + [(name, "f8") for name in ("units", "after_open", "room", "taken", "entered", *FLOWS)]
     + [("inside", "i8")]
 )
 
@@ -65,13 +65,15 @@ def paid_price(
     base,  # the price at which the order met the market
     side,  # 1.0 buys, -1.0 sells
     units,  # the amount, of either sign
-    asset,  # a row of ASSET: volume and volatility
+    asset,  # a row of ASSET: volume, what of it has been taken, volatility
     terms,  # a row of ACCOUNT
 ):
     """The price that a taker pays or gets."""
-    share = abs(units) / asset.volume if terms.slippage_volume > 0.0 and asset.volume > 0.0 else 0.0
     rate = terms.half_spread + terms.slippage + terms.slippage_volatility * asset.volatility
-    price = base * max(1.0 + side * (rate + terms.slippage_volume * share * share), 0.0)
+    if terms.slippage_volume > 0.0 and asset.volume > 0.0:
+        share, taken = abs(units) / asset.volume, asset.taken / asset.volume
+        rate += terms.slippage_volume * (share * share + 3.0 * taken * (share + taken))
+    price = base * max(1.0 + side * rate, 0.0)
     if terms.tick > 0.0:
         steps = price / terms.tick
         price = terms.tick * (math.ceil(steps - 1e-9) if side > 0 else math.floor(steps + 1e-9))
@@ -84,11 +86,11 @@ def wanted_units(
     held,  # the position, in units
 ):
     """The signed amount that would fulfil the order now."""
-    if order.unit == UNITS:
-        return order.wanted - order.filled
     if order.unit == CLOSE:
         return -held if order.side * held < 0.0 else 0.0
-    return order.wanted - held
+    there = order.filled if order.unit == UNITS else held
+    left = order.wanted - there
+    return left if abs(left) > 1e-12 * max(abs(order.wanted), abs(there)) else 0.0
 
 # %% ../../nbs/evaluation/32k_fills.ipynb #ad63241b
 @njit(nogil=True)
@@ -122,21 +124,22 @@ def _afford(order, units, base, cost, desk):
 
 # %% ../../nbs/evaluation/32k_fills.ipynb #39d4c63f
 @njit(nogil=True)
-def _sized(order, base, maker, bound, desk):
+def _sized(order, base, maker, desk):
     """(units, price, whether the bar's volume has cut them)."""
     asset, terms = desk.assets[order.asset], desk.account[0]
     held, units = asset.units, wanted_units(order, asset.units)
     units = units if terms.may_short > 0.0 else max(units, -held)
+    dust = 1e-12 * max(abs(held), abs(units))
     side, capped = 1.0 if units > 0.0 else -1.0, abs(units) > asset.room
     units = side * min(abs(units), asset.room)
     price = base if maker else paid_price(base, side, units, asset, terms)
-    if bound > 0.0:
-        price = min(price, bound) if side > 0.0 else max(price, bound)
     fee = (terms.maker if maker else terms.taker) * price
     units = _afford(order, units, base, abs(price - base) + fee, desk)
     if terms.lot > 0.0 and units != -held:
         units = math.copysign(terms.lot * math.floor(abs(units) / terms.lot + 1e-9), units)
-    return (-held if abs(held + units) <= 1e-12 * abs(held) else units), price, capped
+    if abs(units) <= dust:
+        return 0.0, price, capped
+    return (-held if abs(held + units) <= dust else units), price, capped
 
 # %% ../../nbs/evaluation/32k_fills.ipynb #b9d5c52b
 @njit(nogil=True)
@@ -160,6 +163,7 @@ def book_fill(
     account.cash -= units * price + fee
     asset.units += units
     asset.room -= amount
+    asset.taken += amount
 
 # %% ../../nbs/evaluation/32k_fills.ipynb #265f56a1
 @njit(nogil=True)
@@ -179,6 +183,10 @@ def _wake(order, desk):
     side, price = 1.0 if order.filled > 0.0 else -1.0, order.value / abs(order.filled)
     if desk.assets[order.asset].units * side <= 0.0:
         return
+    for i in range(desk.account[0].working):
+        other = desk.orders[desk.orders[i].live]
+        if other.bracket and other.asset == order.asset and other.decided < order.decided:
+            other.status = CANCELLED
     for c in range(order.child, order.child + order.children):
         child = desk.orders[c]
         if child.status == WAITING:
@@ -189,12 +197,13 @@ def _wake(order, desk):
 
 # %% ../../nbs/evaluation/32k_fills.ipynb #8e0db1bf
 @njit(nogil=True)
-def _after_fill(order, units, price, capped, at_open, desk):
-    asset = desk.assets[order.asset]
+def _after_fill(order, units, price, base, capped, at_open, desk):
+    asset, bar = desk.assets[order.asset], desk.account[0].bar
     order.filled += units
     order.value += abs(units) * price
     if not at_open and units * asset.units > 0.0:  # opened or increased
-        asset.inside = desk.account[0].bar
+        worse = min(asset.entered, base) if units > 0.0 else max(asset.entered, base)
+        asset.entered, asset.inside = worse if asset.inside == bar else base, bar
     if not capped:
         order.status = FILLED
     elif order.kind != LIMIT:
@@ -208,19 +217,21 @@ def fill_order(
     k,  # the order's number
     base,  # the price at which it meets the market
     maker,  # whether it rested in the book
-    bound,  # the worst price that it accepts; 0.0 is none
+    bound,  # the worst price that it accepts; 0.0 is any
     at_open,  # False between the open and the close
     desk,  # of the engine
 ):
     """Nothing; what can be filled is in the books, and the order says what became of it."""
     order, held = desk.orders[k], desk.assets[desk.orders[k].asset].units
-    units, price, capped = _sized(order, base, maker, bound, desk)
+    units, price, capped = _sized(order, base, maker, desk)
+    if bound > 0.0 and units * (price - bound) > 0.0:  # it rests in the book
+        return
     if units == 0.0 or (units != -held and abs(units) * price < desk.account[0].min_notional):
         if not (capped and units == 0.0):
             order.status = FILLED if order.filled != 0.0 else REJECTED
         return
     book_fill(order.asset, k, units, price, base, maker, desk)
-    _after_fill(order, units, price, capped, at_open, desk)
+    _after_fill(order, units, price, base, capped, at_open, desk)
 
 # %% ../../nbs/evaluation/32k_fills.ipynb #8eb94490
 @njit(nogil=True)
@@ -269,9 +280,7 @@ def margin_call(
     for a in range(len(desk.assets)):
         asset = desk.assets[a]
         if asset.units != 0.0:
-            if not asset.tradable:
-                return 2.0
-            way = (asset.low if asset.units > 0.0 else asset.high) - asset.open
+            way = (asset.low if asset.units > 0.0 else asset.high) - asset.open if asset.tradable else 0.0
             needed = account.maintenance * abs(asset.units)
             spare += asset.units * asset.open - needed * asset.open
             slope += asset.units * way - needed * way

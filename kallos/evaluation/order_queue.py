@@ -23,7 +23,7 @@ def arrive(
         order = orders[first]
         for i in range(account.working if order.replaces else 0):
             other = orders[orders[i].live]
-            if other.asset == order.asset and other.decided < order.decided:
+            if other.asset == order.asset and other.decided < order.decided and not other.bracket:
                 other.status = CANCELLED
         start_work(first, desk)
         first += 1

@@ -20,7 +20,7 @@ from ..core.schemas import timeframe_delta
 from .backtest import Market, run_engine
 from .fills import ACCOUNT, CLOSE, KINDS, ORDER, SIZES, STATES, STOP, TAKE_PROFIT, TRAILING_STOP
 from .ledger import check_books, make_trades, net_of
-from .markets import check_market, make_market
+from .markets import check_market, make_market, nanoseconds
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #278d7835
 class AccountSettings(Settings):
@@ -82,10 +82,10 @@ def _numbers(orders: pd.DataFrame, name: str) -> np.ndarray:
 
 def _bars_of(orders: pd.DataFrame, bars: dict[str, pd.DataFrame], grid: np.ndarray, length: int) -> np.ndarray:
     """(orders) the number of the bar at whose close each was decided; DataError if it is no bar of its asset."""
-    moments = orders["ts"].dt.as_unit("ns").astype("int64").to_numpy() - length
+    moments = nanoseconds(orders["ts"]) - length
     for asset_id, one in bars.items():
-        mine = (orders["asset_id"] == asset_id).to_numpy()
-        known = np.isin(moments[mine], one["ts"].dt.as_unit("ns").astype("int64").to_numpy())
+        mine, times = (orders["asset_id"] == asset_id).to_numpy(), nanoseconds(one["ts"])
+        known = times[np.searchsorted(times, moments[mine]).clip(max=len(times) - 1)] == moments[mine]
         if not known.all():
             row = int(np.flatnonzero(mine)[(~known).argmax()])
             problem = f"{(~known).sum()} orders are not decided at the close of a bar of {asset_id!r}"
@@ -109,7 +109,7 @@ def _roots(orders: pd.DataFrame, decided: np.ndarray, grid: np.ndarray, length: 
     rows["replaces"] = orders.get("replaces", True)
     if "expires" in orders:
         open_for = _numbers(orders, "expires")
-        rows["last"] = np.where(np.isnan(open_for), _NEVER, rows["active"] + np.nan_to_num(open_for) - 1)
+        rows["last"] = np.where(np.isnan(open_for), _NEVER, rows["active"] + np.nan_to_num(open_for).astype(int) - 1)
     return rows
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #7c1e1bad
@@ -120,7 +120,7 @@ def _with_brackets(roots: np.ndarray, orders: pd.DataFrame) -> np.ndarray:
     children = np.zeros(len(parents), ORDER)
     children["asset"], children["kind"] = roots["asset"][parents], np.array([*_BRACKETS.values()])[which]
     children["unit"], children["last"], children["since"], children["rests"] = CLOSE, _NEVER, -1, -1
-    children["decided"] = roots["decided"][parents]
+    children["decided"], children["bracket"] = roots["decided"][parents], True
     trails = children["kind"] == TRAILING_STOP
     children["trail"], children["size"] = np.where(trails, shares[has], 0), np.where(trails, 0, shares[has])
     roots["children"] = has.sum(axis=1)
@@ -176,7 +176,8 @@ def _fills(run: _Run) -> pd.DataFrame:
     own = np.where(order < 0, -1, np.r_[run.parents, -1][order])
     return pd.DataFrame({
         "ts": run.times(run.grid[fills["bar"]]), "decided_ts": decided.where(order >= 0, pd.NaT),
-        "asset_id": names[fills["asset"]], "order": own, "kind": kinds, "units": fills["units"],
+        "asset_id": names[fills["asset"]], "order": own, "kind": kinds, "bracket": order >= len(run.given),
+        "units": fills["units"],
         "price": fills["price"], "base_price": fills["base"], "notional": np.abs(fills["units"] * fills["price"]),
         "fee": fills["fee"], "spread": fills["spread"], "slippage": fills["slippage"],
         "liquidity": np.where(fills["maker"], "maker", "taker"), "reason": kinds,
@@ -203,6 +204,7 @@ def _trades(run: _Run) -> pd.DataFrame:
 def _orders(run: _Run) -> pd.DataFrame:
     book = run.book[: len(run.given)]
     states = np.array(STATES)[book["status"]]
+    states = np.where(states == "working", "waiting", states)
     partly = (book["filled"] != 0) & (states != "filled")
     return run.given.assign(status=np.where(partly, "partly filled", states), filled_units=book["filled"])
 
