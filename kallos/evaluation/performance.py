@@ -169,7 +169,7 @@ def cost_breakdown(
     *,
     capital: float,  # at the open of the first bar
 ) -> pd.DataFrame:
-    """One row an item, gross, each of COST_COLUMNS and net: amount (signed, in quote), of_gross and of_capital (shares)."""
+    """One row an item, gross, each of COST_COLUMNS and net: amount (signed, quote), of_gross, of_capital (shares)."""
     _check(equity, capital)
     paid = equity[[*COST_COLUMNS]].sum()
     net = equity["equity"].iloc[-1] - capital
