@@ -10,11 +10,13 @@ ROOT = Path(__file__).parent
 
 RUNTIME = [
     "darts",
+    "empyrical-reloaded",
     "filelock",
     "greenlet",
     "ipykernel",
     "joblib",
     "jupyterlab",
+    "matplotlib",
     "nbclient",
     "nbconvert",
     "nbformat",

@@ -142,6 +142,18 @@ __getattr__, __dir__, __all__ = lazy(
             "plot_importance",
             "plot_said_and_came",
         ),
+        "backtest_plots": (
+            "is_wide",
+            "plot_costs",
+            "plot_equity",
+            "plot_exposure",
+            "plot_monthly",
+            "plot_rolling_sharpe",
+            "plot_sensitivity",
+            "plot_trades",
+            "stamp",
+            "thin",
+        ),
         "verdict_plots": (
             "MOST_LINES",
             "plot_calibration",

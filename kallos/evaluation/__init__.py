@@ -252,5 +252,23 @@ __getattr__, __dir__, __all__ = lazy(
             "nanoseconds",
             "time_grid",
         ),
+        "performance": (
+            "COST_COLUMNS",
+            "cost_breakdown",
+            "curve_returns",
+            "drawdowns",
+            "equity_curve",
+            "figures_of_merit",
+            "monthly_returns",
+            "rolling_sharpe",
+            "underwater",
+        ),
+        "backtest_files": (
+            "backtest_figures",
+            "draw_png",
+            "write_backtest",
+            "write_page",
+            "write_table",
+        ),
     },
 )
