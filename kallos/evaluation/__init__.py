@@ -270,5 +270,21 @@ __getattr__, __dir__, __all__ = lazy(
             "write_page",
             "write_table",
         ),
+        "windows": (
+            "IN_SAMPLE",
+            "KINDS",
+            "Seen",
+            "is_seen",
+            "is_unchanged",
+            "nearby",
+            "seen_until",
+            "test_rows",
+        ),
+        "charges": (
+            "Charge",
+            "Looks",
+            "charge_of",
+            "record_backtest",
+        ),
     },
 )

@@ -34,7 +34,7 @@ from ..models.base_forecasts import EnsembleSettings, forecast_bases, longest_lo
 from ..models.cross_validation import CrossValidation, FoldSettings, ValidationSettings, keep_table, paths_of
 from ..models.ensemble_training import out_of_sample
 from ..models.ensembles import Combination, align_forecasts, combine
-from ..models.parameters import read_params
+from ..models.parameters import read_params, seen_by
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #1c95a26b
 _FOLDS = """n_splits n_groups n_test_groups first_train_share refit_every train_window embargo max_epochs patience
@@ -81,7 +81,8 @@ def cross_validate_ensemble(
     keep_table(stack.forecasts, folder / "forecasts.parquet")
     about = {"settings": as_parameters(ensemble), "seed": own.seed, "artifacts": [folder / "forecasts.parquet"]}
     weights = {str(fold): found.as_json() for fold, found in stack.combinations.items()}
-    write_manifest(folder / "manifest.json", own.scheme, **about, data={}, results={"by_fold": weights})
+    seen = {"seen": seen_by(*ensemble.bases)}
+    write_manifest(folder / "manifest.json", own.scheme, **about, data=seen, results={"by_fold": weights})
     return CrossValidation(stack.forecasts, paths_of(stack.forecasts, bases.splitter, bases.ts), bases.splitter, folder)
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #6e500036
@@ -122,4 +123,4 @@ def look_once_ensemble(
     forecasts = combine(align_forecasts(tables, asset_id=ensemble.asset_id), combination, name=ensemble.title)
     key = _digest([key for _, key in found.values()], combination)
     look = {"key": key, "model_name": ensemble.title, "params_file": "manifest.json"} | span_of(forecasts)
-    return HeldOut(forecasts, record_look(own, look), folder)
+    return HeldOut(forecasts, record_look(own, look), folder, key)

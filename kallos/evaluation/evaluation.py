@@ -35,7 +35,7 @@ from kallos.models.cross_validation import (
 )
 from ..models.datasets import data_record
 from ..models.importance import run_importance, summarise_importance
-from ..models.parameters import read_params
+from ..models.parameters import read_params, seen_by
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #1dfe2199
 @dataclass(frozen=True)
@@ -161,12 +161,17 @@ def _write(evaluation: Evaluation, table: pd.DataFrame) -> None:
     if e.held_out:
         keep_table(e.held_out.forecasts, folder / "test_forecasts.parquet")
         kept.append(folder / "test_forecasts.parquet")
-    used = {"hyperparameters": read_params(e.settings.params_file)["hyperparameters"]}
+    used, runs = {"hyperparameters": read_params(e.settings.params_file)["hyperparameters"]}, [e.settings]
     if e.settings.ensemble:
-        used = {"combination": read_ensemble(e.settings.ensemble)[1].as_json()}
-    seen = {"test_seen": {"looks": e.held_out.looks if e.held_out else []}}
+        ensemble, combination = read_ensemble(e.settings.ensemble)
+        used, runs = {"combination": combination.as_json()}, ensemble.bases
+    seen = {"test_seen": {"looks": e.held_out.looks, "key": e.held_out.key} if e.held_out else {"looks": []}}
     results = {"sentence": e.sentence, "has_skill": e.has_skill} | seen
-    about = {"settings": as_parameters(e.settings) | used, "seed": e.settings.seed, "data": data_record(table)}
+    about = {
+        "settings": as_parameters(e.settings) | used,
+        "seed": e.settings.seed,
+        "data": data_record(table) | {"seen": seen_by(*runs)},
+    }
     write_manifest(folder / "manifest.json", "evaluate", **about, artifacts=kept, results=results)
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #c9314635

@@ -65,6 +65,9 @@ def looks_path(
     return settings.folder / f"{settings.asset_id}_{settings.timeframe}_test_looks.json"
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #6aa66ecd
+_WIDEST = {"first": min, "last": max, "rows": max}
+
+
 def record_look(
     settings: FoldSettings,  # of the run
     look: dict[str, Any],  # key of the model, first and last (times of the rows), rows
@@ -79,8 +82,9 @@ def record_look(
             about = {"model_name": settings.model_name, "params_file": Path(settings.params_file).name}
             known = about | {"at": datetime.now(UTC).isoformat(timespec="seconds")}
             looks.append(known)
-        ends = {name: best(look[name], known.get(name, look[name])) for name, best in (("first", min), ("last", max))}
-        known |= look | ends
+        ends = {name: best(look[name], known.get(name, look[name])) for name, best in _WIDEST.items()}
+        lists = {name: [*{*known.get(name, []), *new}] for name, new in look.items() if isinstance(new, list)}
+        known |= look | ends | {name: sorted(both) for name, both in lists.items()}
         write_json(path, {"looks": looks})
     return [one for one in looks if one["first"] <= look["last"] and look["first"] <= one["last"]]
 
@@ -92,6 +96,7 @@ class HeldOut:
     forecasts: pd.DataFrame  # the Forecasts table
     looks: list[dict[str, Any]]  # every look at these rows so far, this one included
     path: Path  # of the forecasts
+    key: str  # of this look: what makes the model another one
 
     @property
     def is_first(self) -> bool:
@@ -183,4 +188,4 @@ def look_once(
     path = forecast_held_out(settings, hyperparameters, table=table, n_epochs=n_epochs, folder=folder)
     forecasts = pd.read_parquet(path)
     look = {"key": model_key(settings, hyperparameters, n_epochs)} | span_of(forecasts)
-    return HeldOut(forecasts, record_look(settings, look), path)
+    return HeldOut(forecasts, record_look(settings, look), path, look["key"])

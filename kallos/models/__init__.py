@@ -119,6 +119,7 @@ __getattr__, __dir__, __all__ = lazy(
             "merge_params",
             "read_params",
             "refuse_later_end",
+            "seen_by",
         ),
         "fits": (
             "BestWeights",

@@ -35,7 +35,7 @@ from .architectures import check_hyperparameters, check_model, choose_device
 from .datasets import DartsFold, data_record
 from .fits import FitPlan
 from .labelled import load_rows
-from .parameters import read_params
+from .parameters import read_params, seen_by
 from .purged_folds import empty_folds, empty_forecasts, fold_from_parts, warn_empty
 from .validation import FoldResult, run_fold
 from .workers import dask_client
@@ -296,6 +296,6 @@ def cross_validate(
     forecasts = run_folds(table, splitter, hyperparameters, **how)
     keep_table(forecasts, folder / "forecasts.parquet")
     made = as_parameters(settings) | {"hyperparameters": hyperparameters}
-    about = {"settings": made, "seed": settings.seed, "data": data_record(table)}
+    about = {"settings": made, "seed": settings.seed, "data": data_record(table) | {"seen": seen_by(settings)}}
     write_manifest(folder / "manifest.json", settings.scheme, **about, artifacts=[folder / "forecasts.parquet"])
     return CrossValidation(forecasts, paths_of(forecasts, splitter, table.index), splitter, folder)

@@ -39,7 +39,7 @@ from .cross_validation import CrossValidation, ValidationSettings, paths_of
 from .datasets import data_record
 from .ensembles import Aligned, Combination, combine, fit_combination
 from .labelled import load_rows
-from .parameters import merge_params, read_params
+from .parameters import merge_params, read_params, seen_by
 from .saved_ensembles import ENSEMBLE_FILE, align_said, assemble, load_ensemble_rows, path_deviations
 from .stacked_folds import StackedFolds, stack_folds
 from .trainer import train
@@ -205,12 +205,13 @@ def _write_manifest(
 ) -> None:  # fmt: skip
     tables = {label: load_rows(each, db) for label, each in zip(settings.labels, trained, strict=True)}
     by_fold = {str(fold): found.as_json() for fold, found in stack.combinations.items()}
+    seen = {"seen": seen_by(*settings.bases)}
     write_manifest(
         settings.folder / "manifest.json",
         "ensemble",
         settings=as_parameters(settings),
         seed=settings.own.seed,
-        data={label: data_record(table)["features"] for label, table in tables.items()},
+        data={label: data_record(table)["features"] for label, table in tables.items()} | seen,
         artifacts=_artifacts(settings.folder, trained),
         results={"scores": scores, "combination": combination.as_json(), "by_fold": by_fold},
     )

@@ -30,7 +30,7 @@ from .container import TimeSeriesDataContainer
 from .datasets import DartsFold, data_record
 from .fits import FitPlan
 from .labelled import load_labelled
-from .parameters import read_params
+from .parameters import read_params, seen_by
 from .purged_folds import fold_from_parts
 from .trainer import read_model
 from .validation import FoldResult, forecast_fold, run_fold
@@ -135,7 +135,7 @@ def train_on_labels(
     with tempfile.TemporaryDirectory(dir=settings.runs, prefix=f".{settings.model_name}.") as space:
         fresh = Path(space, "run")
         made = as_parameters(settings) | {"hyperparameters": hyperparameters, "precision": plan.device.precision}
-        about = {"settings": made, "seed": settings.seed, "data": data_record(table)}
+        about = {"settings": made, "seed": settings.seed, "data": data_record(table) | {"seen": seen_by(settings)}}
         about |= {"artifacts": _write(fresh, result, fold, settings), "timings": {"fit_seconds": result.fit.seconds}}
         write_manifest(fresh / "manifest.json", "train-labels", **about)
         name = f"{settings.model_name}_h{settings.horizon}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"

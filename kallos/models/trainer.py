@@ -24,7 +24,7 @@ from .architectures import MODELS, check_hyperparameters, check_model_name, choo
 from .datasets import DartsFold, data_record, prepare_darts_timeseries, warn_without_test
 from .label_forecasts import class_frequencies, forecast_ends
 from .labelled import load_rows
-from .parameters import merge_params, read_params
+from .parameters import merge_params, read_params, seen_by
 from .preprocessing import FeatureTransformer, inverse_target
 from .validation import Fit, FitPlan, fit_fold
 
@@ -140,7 +140,7 @@ def _write_manifest(
         "train",
         settings=as_parameters(settings) | made,
         seed=settings.seed,
-        data=data_record(table),
+        data=data_record(table) | {"seen": seen_by(settings)},
         artifacts=files,
         timings={"fit_seconds": fit.seconds},
         results=None if often is None else {"class_frequencies": often},
