@@ -45,14 +45,14 @@ def check_market(
     _refuse(bars, ~good.to_numpy(), f"{what} hold a price or volume that cannot be")
     return bars
 
-# %% ../../nbs/evaluation/34_markets.ipynb #05b7a6cc
+# %% ../../nbs/evaluation/34_markets.ipynb #154f3629
 def _refuse(bars: pd.DataFrame, wrong: np.ndarray, problem: str) -> None:
     if wrong.any():
         row = int(wrong.argmax())
         received = bars.iloc[row][["ts", *PRICE_COLUMNS, "volume"]].to_dict() | {"ts": str(bars["ts"].iloc[row])}
         raise DataError(f"{problem}: row {row}", received, "Repair them with `kallos-run ingest`.")
 
-# %% ../../nbs/evaluation/34_markets.ipynb #e8831054
+# %% ../../nbs/evaluation/34_markets.ipynb #991a3bb0
 def time_grid(
     bars: dict[str, pd.DataFrame],  # of each asset
 ) -> np.ndarray:
@@ -60,7 +60,7 @@ def time_grid(
     moments = [nanoseconds(one["ts"]) for one in bars.values()]
     return moments[0] if len(moments) == 1 else np.unique(np.concatenate(moments))
 
-# %% ../../nbs/evaluation/34_markets.ipynb #f89fb0ec
+# %% ../../nbs/evaluation/34_markets.ipynb #b0ea2d0c
 def _spread(values: np.ndarray, places: np.ndarray, last: np.ndarray) -> np.ndarray:
     """(grid) the values, and where there is none the close of the last bar, at first the first value."""
     row = np.searchsorted(places, np.arange(last.shape[0]), side="right") - 1
@@ -84,7 +84,7 @@ def _columns(bars: pd.DataFrame, places: np.ndarray, n: int) -> list[np.ndarray]
     volume[places], tradable[places] = found[4], real
     return [*prices, volume, tradable]
 
-# %% ../../nbs/evaluation/34_markets.ipynb #b95182da
+# %% ../../nbs/evaluation/34_markets.ipynb #1a7eb61d
 VOLATILITY_WINDOW = 30  # bars in which volatility is measured
 
 
@@ -95,7 +95,7 @@ def known_volatility(
     returns = pd.Series(close).pct_change()
     return returns.rolling(VOLATILITY_WINDOW, min_periods=2).std().shift(1).fillna(0.0).to_numpy()
 
-# %% ../../nbs/evaluation/34_markets.ipynb #de22dd28
+# %% ../../nbs/evaluation/34_markets.ipynb #e01ebc8e
 def due_funding(
     funding: pd.DataFrame | None,  # ts and rate, a share of the position; None: not charged
     grid: np.ndarray,  # (bars) open times, nanoseconds
@@ -119,7 +119,7 @@ def due_funding(
         np.add.at(due[:, column], inside[chosen], rates[chosen])
     return due
 
-# %% ../../nbs/evaluation/34_markets.ipynb #7f63af4d
+# %% ../../nbs/evaluation/34_markets.ipynb #230b2c9c
 def make_market(
     bars: dict[str, pd.DataFrame],  # of each asset, from `check_market`
     *,
