@@ -156,6 +156,58 @@ _ENSEMBLE = {
     "name": _option(str, "Of the ensemble.", "its method"),
 }
 
+# %% ../nbs/59_options.ipynb #e56a0475
+_ACCOUNT = {
+    "capital": _option(float, "Cash at the start, in the quote asset.", "10000"),
+    "account_market": _option(str, "spot or perpetual.", "as the database has the asset", name="--market"),
+    "maker_fee": _option(float, "Share of the traded amount, where an order rested in the book.", "0.001"),
+    "taker_fee": _option(float, "Share of the traded amount, where it did not.", "0.001"),
+    "half_spread": _option(float, "Half of the spread, as a share of the price.", "0.0001"),
+    "slippage": _option(float, "Share of the price.", "0"),
+    "slippage_volatility": _option(float, "Slippage, times the known volatility of a bar.", "0"),
+    "slippage_volume": _option(float, "Slippage, times the squared share of the bar's volume.", "0"),
+    "volume_limit": _option(float, "Largest share of a bar's volume that is filled.", "none"),
+    "borrow_rate": _option(float, "Yearly interest on borrowed units and cash; without it spot is never short."),
+    "leverage": _option(float, "Largest value of the positions, in equities.", "1"),
+    "maintenance_margin": _option(float, "Share of the positions below which all is closed.", "0.005"),
+    "liquidation_fee": _option(float, "Share of what is closed then.", "0.005"),
+    "min_notional": _option(float, "Smallest order, in the quote asset.", "0"),
+    "tick": _option(float, "Step of prices; 0 is none.", "0"),
+    "lot": _option(float, "Step of amounts; 0 is none.", "0"),
+    "delay": _option(int, "Further bars between a decision and its order.", "0"),
+}
+
+# %% ../nbs/59_options.ipynb #0bfbfbc5
+_STRATEGY = {
+    "trade_by": _option(str, "return, probability, rank or cross_rank.", "return", name="--signal"),
+    "entry": _option(float, "Return that a position must promise beyond its costs.", "0"),
+    "entry_probability": _option(float, "Probability above which a side is taken.", "0.5"),
+    "entry_rank": _option(float, "Rank above which a side is taken.", "0.8"),
+    "rank_history": _option(int, "Past forecasts that a rank needs.", "100"),
+    "hysteresis": _option(float, "How far a signal may fall below its entry and be kept.", "0"),
+    "holding": _option(int, "Bars that a position is held at least.", "1"),
+    "leave": _option(str, "What ends a position: signal, or horizon unless it is renewed there.", "signal"),
+    "side": _option(str, "Sides that are taken: both, long or short.", "both, if the account may be short"),
+    "stop_at": _option(float, "Loss at which a position is closed, as a share of its price."),
+    "take_profit_at": _option(float, "Profit at which it is closed."),
+    "trail_by": _option(float, "Fall from the best price at which it is closed."),
+    "sizing": _option(str, "What decides the size of a position: fixed, volatility or kelly.", "fixed"),
+    "fraction": _option(float, "Share of equity of a position of fixed size, an asset.", "1"),
+    "target_volatility": _option(float, "Annual volatility that a position is to have.", "0.2"),
+    "sizing_window": _option(int, "Past bars that tell the volatility.", "30", name="--volatility-window"),
+    "kelly_share": _option(float, "Part of Kelly's share that is taken.", "0.5"),
+    "largest_fraction": _option(float, "Most that volatility or Kelly may ask for.", "1"),
+}
+
+# %% ../nbs/59_options.ipynb #f2dbc423
+_BACKTEST = {
+    "forecasts": _option(Path, "Parquet file of Forecasts, with the manifest.json that vouches for it."),
+    "in_sample": _flag("--in-sample", "Trade rows that the model has seen, and mark every figure."),
+    "seen_until": _option(str, "The last moment that was seen, where no manifest says it."),
+    "n_shuffles": _option(int, "Twins whose forecasts stand at another time.", "50"),
+    "no_sensitivity": _flag("--no-sensitivity", "Leave out the runs over fees, slippage, delay and threshold."),
+}
+
 # %% ../nbs/59_options.ipynb #68e27643
 _WORKERS = {
     "early_stopping_on": _option(
@@ -176,7 +228,7 @@ _DASHBOARD = {
     "host": _option(str, "Address to listen at.", "127.0.0.1"),
     "port": _option(int, "Port to listen at.", "8080"),
 }
-_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE
+_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _ACCOUNT | _STRATEGY | _BACKTEST
 OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD
 
 # %% ../nbs/59_options.ipynb #15eee451
