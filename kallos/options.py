@@ -156,6 +156,14 @@ _ENSEMBLE = {
     "name": _option(str, "Of the ensemble.", "its method"),
 }
 
+# %% ../nbs/59_options.ipynb #75dd0b70
+_OWN = "that of --forecasts"
+_AUDIT = {
+    "audited_asset": _option(str, "Instrument, as you named it at ingest, e.g. BTC.", _OWN, name="--asset-id"),
+    "audited_timeframe": _option(str, "Length of a bar, e.g. 15m, 1h, 4h, 1d.", _OWN, name="--timeframe"),
+    "forecasts": _option(Path, "Try the forecasts of this Parquet file alone, such as a run's forecasts.parquet."),
+}
+
 # %% ../nbs/59_options.ipynb #68e27643
 _WORKERS = {
     "early_stopping_on": _option(
@@ -176,7 +184,7 @@ _DASHBOARD = {
     "host": _option(str, "Address to listen at.", "127.0.0.1"),
     "port": _option(int, "Port to listen at.", "8080"),
 }
-_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE
+_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT
 OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD
 
 # %% ../nbs/59_options.ipynb #15eee451
