@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['audit_forecasts']
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #66237e9b
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #f765e216
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from .feature_probes import can_be_tried
 from .findings import Audit, Finding, Probe
 from .verdict import compare_losses
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #dfc111bf
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #b9dfea67
 _BY_CLOSE = ("log_return", "close", "log_close")
 _TARGETS = (*_BY_CLOSE, "return", "label")
 
@@ -40,7 +40,7 @@ def _values(rows: pd.DataFrame, now: pd.DataFrame, then: pd.DataFrame) -> Iterat
     nothing = [target == "return", target == "label"]
     yield "y_naive", np.select([*kinds, *nothing], [0 * close, close, np.log(close), 0 * close, said], np.nan)
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #01c86018
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #44e1bd89
 def _wrong_times(rows: pd.DataFrame, now: pd.DataFrame, then: pd.DataFrame, timeframe: str) -> Iterator[tuple]:
     length = rows["target_ts"] - rows["ts"]
     whole, fixed = rows["horizon"] * timeframe_delta(timeframe), rows["target"].isin(_BY_CLOSE)
@@ -61,7 +61,7 @@ def _wrong_returns(rows: pd.DataFrame, now: pd.DataFrame, then: pd.DataFrame) ->
     against = of_class & (rows["y_true"].to_numpy() * moved < -ROUNDING)
     yield "y_true", against, "the class has not the sign of its return"
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #c1734018
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #148e45b9
 def _numbers(rows: pd.DataFrame, now: pd.DataFrame, then: pd.DataFrame) -> Iterator[tuple]:
     for name, expected in _values(rows, now, then):
         given = rows[name].to_numpy()
@@ -85,7 +85,7 @@ def _forecast_bars(rows: pd.DataFrame, bars: pd.DataFrame, timeframe: str) -> Pr
     )
     return Probe("forecast bars", 5 * len(rows), found)
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #6741e055
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #9efb8ad8
 class _Bars(NamedTuple):
     facts: pd.DataFrame  # of each bar, by time of close
     runs: np.ndarray  # the unbroken run of each
@@ -104,7 +104,7 @@ def _facts(bars: pd.DataFrame, runs: np.ndarray) -> pd.DataFrame:
     facts |= {"place": ((bars["close"] - bars["low"]) / height).fillna(0.5), "volume": traded.clip(-3, 3).fillna(0)}
     return pd.DataFrame(facts)
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #7387945c
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #d052770a
 _CLOCK = ["hour_sine", "hour_cosine", "weekday_sine", "weekday_cosine", "taker_buy_ratio", "volume_ratio", "obv_slope"]
 _OSCILLATORS = ["rsi", "mfi", "adx", "stochastic_k", "stochastic_d", "bollinger_position", "macd_diff_relative"]
 _SIZES = ["atr_relative", "bollinger_width", "garman_klass_volatility"]
@@ -125,7 +125,7 @@ def _told(bars: pd.DataFrame, timeframe: str) -> _Bars:
         known = known.join(features[names])
     return _Bars(facts.set_axis(closes), runs, known)
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #c7c9532e
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #d8fe06e9
 def _span_of(columns: np.ndarray) -> np.ndarray:
     """(n, p) an orthonormal base of a constant and the columns, without what is nearly a sum of the others."""
     centred, spread = columns - columns.mean(axis=0), columns.std(axis=0)
@@ -144,7 +144,7 @@ def _explained(left: np.ndarray, new: np.ndarray, used: int) -> tuple[float, flo
     share = 1 - rest * (n - used) / (n - used - q)
     return share, float(f_distribution.sf(wald / q, q, n - used - q)), left * fitted
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #f88d9cae
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #d6f650b5
 _FEWEST, _MOST, _DELAYS, _AHEAD = 300, 20_000, 5, 10
 
 
@@ -170,7 +170,7 @@ def _opinion(rows: pd.DataFrame) -> pd.Series:
     said = (rows["y_pred"] - rows["y_naive"]) / scale
     return said.clip(*said.quantile([0.005, 0.995])).set_axis(pd.DatetimeIndex(rows["ts"]))
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #8476d58e
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #25d6ba76
 class _Cliff(NamedTuple):
     ahead: int  # bars
     what: str  # is explained
@@ -188,7 +188,7 @@ def _tests(what: str, said: pd.Series, known: np.ndarray, new: dict[int, np.ndar
     results = {n: _explained(left, beyond(facts), base.shape[1]) for n, facts in new.items()}
     return [_Cliff(n, what, *found[:2], said.index[found[2].argmax()]) for n, found in results.items()]
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #a420aec1
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #952dc82d
 def _cliffs(series: _Series, told: _Bars) -> list[_Cliff]:
     """Two tests for each bar ahead; none if rows are few or the forecast never moves."""
     said = _opinion(series.rows.tail(_MOST))
@@ -207,7 +207,7 @@ def _cliffs(series: _Series, told: _Bars) -> list[_Cliff]:
     sizes = {n: facts[:, size] for n, facts in new.items()}
     return found + _tests("the size of the forecast's moves", moves[kept], every[kept], sizes)
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #6df2409a
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #7b567f35
 def _forecast_cliff(every: list[_Series], told: _Bars, level: float) -> Probe:
     tried = [(one, _cliffs(one, told)) for one in every]
     tests, found = sum(len(cliffs) for _, cliffs in tried), []
@@ -228,7 +228,7 @@ def _note(level: float, tests: int, deaf: int) -> str:
     few = [f"{deaf} series not tested: too few rows beside their bars, or a forecast that never moves"] if deaf else []
     return "; ".join(rate + few)
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #0d65be40
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #672fca69
 _MOST_SAVED, _MOST_HITS = 0.1, 0.7  # share of the naive forecast's squared error, share of the signs
 
 
@@ -247,7 +247,7 @@ def _too_good_tests(one: _Series) -> Iterator[tuple[float, str, pd.Timestamp]]:
         p_value = compare_losses(1.0 - hits, np.full(len(hits), 1 - _MOST_HITS), horizon=longest).p_value
         yield p_value, f"{hits.mean():.1%} of the signs are right", best
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #ab29eab2
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #b47a1d13
 def _too_good(every: list[_Series], level: float) -> Probe:
     results = [(one.name, *test) for one in every for test in _too_good_tests(one)]
     guilty = [(name, said, best) for name, p_value, said, best in results if p_value < level / len(results)]
@@ -255,7 +255,7 @@ def _too_good(every: list[_Series], level: float) -> Probe:
     note = _note(level, len(results), len(every) - len({name for name, *_ in results}))
     return Probe("too good", len(results), tuple(found), note)
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #5fee8d8a
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #370bd731
 def audit_forecasts(
     forecasts: pd.DataFrame,  # a Forecasts table
     bars: pd.DataFrame | sa.Engine,  # checked bars of the asset, or the database that holds them
@@ -281,7 +281,7 @@ def audit_forecasts(
     span, names = (bars["ts"].iloc[0], bars["ts"].iloc[-1]), tuple(one.name for one in every)
     return Audit(*key.values(), len(bars), *span, names, tuple(probes), 0, "forecasts")
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #9ab3bf8a
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #036a17dd
 def _rows_of(forecasts: pd.DataFrame, **wanted: str | None) -> pd.DataFrame:
     """The checked rows of one asset and timeframe."""
     rows = check_table(forecasts, FORECASTS, what="the table of forecasts")
@@ -299,7 +299,7 @@ def _rows_of(forecasts: pd.DataFrame, **wanted: str | None) -> pd.DataFrame:
     _check_rows(rows)
     return rows
 
-# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #58cb8dd4
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #27ef321d
 def _check_rows(rows: pd.DataFrame) -> None:
     if not pd.api.types.is_integer_dtype(rows["horizon"]) or (rows["horizon"] < 1).any():
         todo = "Write 1, 5 or 20, for example."
