@@ -36,14 +36,18 @@ __getattr__, __dir__, __all__ = lazy(
             "tell_next",
         ),
         "data_commands": (
-            "LeakFound",
-            "audit",
             "data",
             "data_app",
             "features",
             "fetch",
             "ingest",
+            "register_own",
             "sample",
+        ),
+        "audit_commands": (
+            "LeakFound",
+            "audit",
+            "audit_app",
         ),
         "run_commands": (
             "dashboard",

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import kallos
+from .audit_commands import audit_app
 from .backtest_commands import backtest_app
 from .core.errors import KallosError
 from .data_commands import data_app
@@ -28,7 +29,7 @@ The database is --db-url, else KALLOS_DB_URL, else data/kallos.db. First steps: 
 Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted; 4 a step failed;
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
-for commands in (data_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app):
+for commands in (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app):
     app.add_typer(commands)
 
 

@@ -156,7 +156,15 @@ _ENSEMBLE = {
     "name": _option(str, "Of the ensemble.", "its method"),
 }
 
-# %% ../nbs/59_options.ipynb #e56a0475
+# %% ../nbs/59_options.ipynb #75dd0b70
+_OWN = "that of --forecasts"
+_AUDIT = {
+    "audited_asset": _option(str, "Instrument, as you named it at ingest, e.g. BTC.", _OWN, name="--asset-id"),
+    "audited_timeframe": _option(str, "Length of a bar, e.g. 15m, 1h, 4h, 1d.", _OWN, name="--timeframe"),
+    "forecasts": _option(Path, "Parquet file of Forecasts, such as test_forecasts.parquet of `evaluate`."),
+}
+
+# %% ../nbs/59_options.ipynb #7cbb97b3
 _ACCOUNT = {
     "capital": _option(float, "Cash at the start, in the quote asset.", "10000"),
     "account_market": _option(str, "spot or perpetual.", "as the database has the asset", name="--market"),
@@ -177,7 +185,7 @@ _ACCOUNT = {
     "delay": _option(int, "Further bars between a decision and its order.", "0"),
 }
 
-# %% ../nbs/59_options.ipynb #0bfbfbc5
+# %% ../nbs/59_options.ipynb #56ea0b7f
 _STRATEGY = {
     "trade_by": _option(str, "return, probability, rank or cross_rank.", "return", name="--signal"),
     "entry": _option(float, "Return that a position must promise beyond its costs.", "0"),
@@ -199,9 +207,8 @@ _STRATEGY = {
     "largest_fraction": _option(float, "Most that volatility or Kelly may ask for.", "1"),
 }
 
-# %% ../nbs/59_options.ipynb #f2dbc423
+# %% ../nbs/59_options.ipynb #aaf80d2b
 _BACKTEST = {
-    "forecasts": _option(Path, "Parquet file of Forecasts, with the manifest.json that vouches for it."),
     "in_sample": _flag("--in-sample", "Trade rows that the model has seen, and mark every figure."),
     "seen_until": _option(str, "The last moment that was seen, where no manifest says it."),
     "n_shuffles": _option(int, "Twins whose forecasts stand at another time.", "50"),
@@ -228,7 +235,7 @@ _DASHBOARD = {
     "host": _option(str, "Address to listen at.", "127.0.0.1"),
     "port": _option(int, "Port to listen at.", "8080"),
 }
-_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _ACCOUNT | _STRATEGY | _BACKTEST
+_JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
 OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD
 
 # %% ../nbs/59_options.ipynb #15eee451

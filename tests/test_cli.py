@@ -28,7 +28,7 @@ from kallos.evaluation import multiple_testing, trials
 from kallos.workflow import reports
 
 COMMANDS = (
-    *("sample", "ingest", "fetch", "features", "data", "tune", "train", "cv", "walk-forward", "cpcv"),
+    *("sample", "ingest", "fetch", "features", "data", "audit", "tune", "train", "cv", "walk-forward", "cpcv"),
     *("ensemble", "dashboard"),
 )
 HEAVY = {"torch", "darts", "numpy", "pandas", "pandera", "optuna", "sqlalchemy", "papermill", "plotly"}

@@ -14,7 +14,8 @@ from sklearn.base import BaseEstimator, clone
 
 from ..core.errors import DataError
 from ..core.schemas import timeframe_delta
-from .causality import FORGOTTEN, ROUNDING, Finding, Probe, compare, scale_of
+from .causality import FORGOTTEN, ROUNDING, compare, scale_of
+from .findings import Finding, Probe
 
 Folds = Iterable[tuple[np.ndarray, np.ndarray]]  # (training, test) row numbers, as a splitter's `split` yields them
 

@@ -24,7 +24,8 @@ from ..data.bars import segment_ids
 from ..data.sample import sample_bars
 from ..data.splits import WalkForwardSplit
 from .boundaries import Folds
-from .causality import Compute, Finding, Probe, computed, merge
+from .causality import Compute, computed
+from .findings import Finding, Probe, merge
 from .verdict import diebold_mariano
 
 FALSE_ALARM = 0.001  # how often a probe may find something on clean data

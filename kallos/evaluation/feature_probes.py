@@ -20,15 +20,14 @@ from ..data.features import bounds_of, compute_features, feature_info, registere
 from kallos.evaluation.causality import (
     FORGOTTEN,
     Compute,
-    Probe,
     computed,
-    merge,
     perturbation,
     scale_of,
     truncation,
     warm_up,
     with_others,
 )
+from .findings import Probe, merge
 
 # %% ../../nbs/evaluation/30d_feature_probes.ipynb #a7079cb5
 EXACT = ("truncation", "perturbation", "warm-up")
