@@ -1739,6 +1739,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'kallos/evaluation/strategies.py'),
                                               'kallos.evaluation.strategies.check_orders': ( 'evaluation/strategies.html#check_orders',
                                                                                              'kallos/evaluation/strategies.py'),
+                                              'kallos.evaluation.strategies.close_at_end': ( 'evaluation/strategies.html#close_at_end',
+                                                                                             'kallos/evaluation/strategies.py'),
                                               'kallos.evaluation.strategies.hold': ( 'evaluation/strategies.html#hold',
                                                                                      'kallos/evaluation/strategies.py'),
                                               'kallos.evaluation.strategies.make_orders': ( 'evaluation/strategies.html#make_orders',
