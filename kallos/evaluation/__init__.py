@@ -289,5 +289,12 @@ __getattr__, __dir__, __all__ = lazy(
             "charge_of",
             "record_backtest",
         ),
+        "sensitivity": (
+            "BreakEven",
+            "break_even_cost",
+            "round_trip_cost",
+            "sensitivity_table",
+        ),
+        "heat_maps": ("default_grid", "sensitivity_figures"),
     },
 )
