@@ -65,6 +65,10 @@ __getattr__, __dir__, __all__ = lazy(
             "evaluate",
             "evaluate_app",
         ),
+        "backtest_commands": (
+            "backtest",
+            "backtest_app",
+        ),
         "ensemble_commands": (
             "ensemble",
             "ensemble_app",

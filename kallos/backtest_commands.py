@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['backtest_app', 'backtest']
 
-# %% ../nbs/59h_backtest_commands.ipynb #756f662e
+# %% ../nbs/59h_backtest_commands.ipynb #a8690aae
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 backtest_app = typer.Typer()
 
-# %% ../nbs/59h_backtest_commands.ipynb #ca1b52fe
+# %% ../nbs/59h_backtest_commands.ipynb #aa3e936f
 _NAMES = {"trade_by": "signal", "sizing_window": "volatility_window", "account_market": "market"}
 
 
@@ -33,7 +33,7 @@ def _settings(given: dict[str, Any]) -> "BacktestSettings":
     values["sensitivity"] = not values.pop("no_sensitivity", False)
     return BacktestSettings.from_values(values, source="the options")
 
-# %% ../nbs/59h_backtest_commands.ipynb #4e967463
+# %% ../nbs/59h_backtest_commands.ipynb #29e854cb
 def _tell(folder: Path) -> None:
     from kallos.core.runs import read_json
 
@@ -45,14 +45,14 @@ def _tell(folder: Path) -> None:
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
     tell_next("nothing: a strategy that is changed until these rows like it was chosen by them")
 
-# %% ../nbs/59h_backtest_commands.ipynb #8b016b1b
+# %% ../nbs/59h_backtest_commands.ipynb #4124d50a
 _ACCOUNT = """forecasts capital account_market maker_fee taker_fee half_spread slippage slippage_volatility
 slippage_volume volume_limit borrow_rate leverage maintenance_margin liquidation_fee min_notional tick lot delay"""
 _STRATEGY = """trade_by entry entry_probability entry_rank rank_history hysteresis holding leave side stop_at
 take_profit_at trail_by sizing fraction target_volatility sizing_window kelly_share largest_fraction"""
 _RUN = "in_sample seen_until n_shuffles no_sensitivity n_jobs seed output_path db_url no_report"
 
-# %% ../nbs/59h_backtest_commands.ipynb #6d258163
+# %% ../nbs/59h_backtest_commands.ipynb #b7a4b1d6
 @command(
     backtest_app,
     f"{_ACCOUNT} {_STRATEGY} {_RUN}",
@@ -69,7 +69,7 @@ def backtest(
     settings = _settings(given)
     folder = backtest_folder(settings, read_traded(settings, db_url))
     if no_report:
-        from kallos.evaluation.backtest_runs import backtest as run_backtest
+        from kallos.evaluation.backtest_runs import run_backtest
 
         run_backtest(settings, db=db_url)
     else:

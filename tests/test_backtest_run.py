@@ -13,7 +13,7 @@ from kallos.core.runs import file_hash, read_json, verify_manifest, write_json
 from kallos.data.records import write_funding
 from kallos.data.store import read_bars
 from kallos.data.tables import connect
-from kallos.evaluation.backtest_runs import backtest
+from kallos.evaluation.backtest_runs import run_backtest
 from kallos.evaluation.backtest_settings import BacktestSettings
 from tests.study_runs import END, run_command, start_command, write_market
 
@@ -135,7 +135,7 @@ def test_rows_that_the_model_has_seen_are_refused_or_marked(traded):
 
 def test_perfect_foresight_earns_what_the_bars_allow_net_of_costs(house, seer):
     costs = {"taker_fee": 0.0007, "half_spread": 0.0003, "slippage": 0.0002}
-    run = backtest(stated(house, seer, "foresight", **costs), db=url_of(house))
+    run = run_backtest(stated(house, seer, "foresight", **costs), db=url_of(house))
     opens = bars_of(house)["open"].to_numpy()[-400:]  # of each bar that was forecast
     closes = bars_of(house)["close"].to_numpy()[-400:]
     long = np.expm1(seer["y_pred"].to_numpy()) > 2 * sum(costs.values())
@@ -150,7 +150,7 @@ def test_perfect_foresight_earns_what_the_bars_allow_net_of_costs(house, seer):
 
 
 def test_the_naive_twin_never_trades_and_the_market_is_bought_once(house, seer):
-    run = backtest(stated(house, seer, "twins"), db=url_of(house))
+    run = run_backtest(stated(house, seer, "twins"), db=url_of(house))
     assert (run.others["naive forecast"] == 10_000).all()
     bars = bars_of(house)
     held = 10_000 / (1.0001 * 1.001) / bars["open"].iloc[-400] * bars["close"].iloc[-1]
@@ -176,18 +176,18 @@ def test_a_strategy_of_ones_own_is_a_function_of_forecasts(house, seer):
         assert forecasts["y_true"].isna().all()  # what came is hidden from it
         return forecasts[["ts", "asset_id"]].head(1).assign(kind="market", unit="fraction", size=1.0)
 
-    run = backtest(stated(house, seer, "own"), db=url_of(house), strategy=always)
+    run = run_backtest(stated(house, seer, "own"), db=url_of(house), strategy=always)
     assert run.result.values[-1] == pytest.approx(run.others["buy and hold"].iloc[-1], rel=1e-12)
 
 
 def test_a_perpetual_pays_its_funding_and_says_where_none_is_stored(house, seer):
-    without = backtest(stated(house, seer, "perpetual", market="perpetual", side="long"), db=url_of(house))
+    without = run_backtest(stated(house, seer, "perpetual", market="perpetual", side="long"), db=url_of(house))
     assert any("no funding rates are stored of BTC" in note for note in without.figures["notes"])
     engine = connect(url_of(house))
     moments = pd.date_range("2019-01-01", "2022-12-31", freq="8h", tz="UTC")
     write_funding(engine, pd.DataFrame({"ts": moments, "rate": 0.001}), asset_id="BTC")
     engine.dispose()
-    paid = backtest(stated(house, seer, "funded", market="perpetual", side="long"), db=url_of(house))
+    paid = run_backtest(stated(house, seer, "funded", market="perpetual", side="long"), db=url_of(house))
     assert paid.figures["costs_funding"] > 0 and not paid.figures["notes"]
     assert paid.result.values[-1] < without.result.values[-1]
 
@@ -209,7 +209,7 @@ BAD = {
 def test_bad_forecasts_are_refused(house, seer, name):
     spoil, message = BAD[name]
     with pytest.raises(KallosError, match="(?s)" + message.replace("(", r"\(").replace(")", r"\)")):
-        backtest(stated(house, spoil(seer), f"bad {name}"), db=url_of(house))
+        run_backtest(stated(house, spoil(seer), f"bad {name}"), db=url_of(house))
 
 
 @pytest.mark.parametrize(

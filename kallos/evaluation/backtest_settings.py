@@ -108,7 +108,7 @@ def _window(bars: pd.DataFrame, rows: pd.DataFrame, length: pd.Timedelta) -> pd.
     within = (bars["ts"] + length >= rows["ts"].min()) & (bars["ts"] <= rows["target_ts"].max())
     return bars[within].reset_index(drop=True)
 
-# %% ../../nbs/evaluation/38d_backtest_settings.ipynb #6b22b1c7
+# %% ../../nbs/evaluation/38d_backtest_settings.ipynb #c74d5936
 def _market(engine: sa.Engine, assets: tuple[str, ...]) -> str | None:
     """The one market of the assets; ConfigError if they are of several."""
     known = list_assets(engine).drop_duplicates("asset_id").set_index("asset_id").loc[[*assets], "market"].unique()
@@ -116,7 +116,7 @@ def _market(engine: sa.Engine, assets: tuple[str, ...]) -> str | None:
         raise ConfigError("an account trades one kind of market", [*known], "Trade the assets one by one.")
     return known[0]
 
-# %% ../../nbs/evaluation/38d_backtest_settings.ipynb #c71eeeb7
+# %% ../../nbs/evaluation/38d_backtest_settings.ipynb #e2391524
 def read_traded(
     settings: BacktestSettings,  # of the run
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
@@ -137,7 +137,7 @@ def read_traded(
         engine.dispose()
     return Traded(rows, seen, marked, bars, window, funding, market)
 
-# %% ../../nbs/evaluation/38d_backtest_settings.ipynb #37b01b3b
+# %% ../../nbs/evaluation/38d_backtest_settings.ipynb #0825b7b1
 def backtest_folder(
     settings: BacktestSettings,  # of the run
     traded: Traded,  # what is traded

@@ -101,7 +101,7 @@ class _Stage:
     markets: dict[tuple[bool, bool], Market]  # by `_kind`
     make: Make
 
-
+# %% ../../nbs/evaluation/38_sensitivity.ipynb #6db5ab1f
 def _kind(account: AccountSettings, funding: dict[str, pd.DataFrame] | None) -> tuple[bool, bool]:
     """Whether funding is paid, and whether slippage looks at volatility."""
     stored = any(len(one) for one in (funding or {}).values())
