@@ -197,10 +197,8 @@ __getattr__, __dir__, __all__ = lazy(
             "decide",
             "tidy",
         ),
-        "backtest": (
-            "Market",
-            "run_engine",
-        ),
+        "books": ("Books", "Market", "frozen", "open_books"),
+        "backtest": ("run_engine",),
         "ledger": (
             "COSTS",
             "ROUNDING",
@@ -251,6 +249,8 @@ __getattr__, __dir__, __all__ = lazy(
             "make_market",
             "nanoseconds",
             "time_grid",
+            "to_names",
+            "to_numbers",
         ),
         "performance": (
             "COST_COLUMNS",

@@ -17,10 +17,25 @@ from pydantic import Field
 from ..core.config import Settings
 from ..core.errors import ConfigError, DataError
 from ..core.schemas import timeframe_delta
-from .backtest import Market, run_engine
-from .fills import ACCOUNT, CLOSE, KINDS, ORDER, SIZES, STATES, STOP, TAKE_PROFIT, TRAILING_STOP
+
+# %% ../../nbs/evaluation/34c_simulation.ipynb #421d97bd
+from .backtest import run_engine
+from .books import Books, Market
+from kallos.evaluation.fills import (
+    ACCOUNT,
+    CLOSE,
+    KINDS,
+    LIQUIDATION,
+    ORDER,
+    SIZES,
+    STATES,
+    STOP,
+    TAKE_PROFIT,
+    TRAILING_STOP,
+    UNITS,
+)
 from .ledger import check_books, make_trades, net_of
-from .markets import check_market, make_market, nanoseconds
+from .markets import check_market, make_market, nanoseconds, to_names, to_numbers
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #278d7835
 class AccountSettings(Settings):
@@ -84,25 +99,30 @@ def _bars_of(orders: pd.DataFrame, bars: dict[str, pd.DataFrame], grid: np.ndarr
     """(orders) the number of the bar at whose close each was decided; DataError if it is no bar of its asset."""
     moments = nanoseconds(orders["ts"]) - length
     for asset_id, one in bars.items():
-        mine, times = (orders["asset_id"] == asset_id).to_numpy(), nanoseconds(one["ts"])
+        mine, times = slice(None), grid
+        if len(bars) > 1:
+            mine, times = (orders["asset_id"] == asset_id).to_numpy(), nanoseconds(one["ts"])
         known = times[np.searchsorted(times, moments[mine]).clip(max=len(times) - 1)] == moments[mine]
         if not known.all():
-            row = int(np.flatnonzero(mine)[(~known).argmax()])
+            row = int(np.arange(len(orders))[mine][(~known).argmax()])
             problem = f"{(~known).sum()} orders are not decided at the close of a bar of {asset_id!r}"
             todo = "Are they of this timeframe, and do the bars reach as far?"
             raise DataError(problem, f"row {row}: {orders['ts'].iloc[row]}", todo)
     return np.searchsorted(grid, moments)
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #89d2b2bf
-def _numbered(names: pd.Series, known: tuple[str, ...]) -> np.ndarray:
-    return names.map({name: number for number, name in enumerate(known)}).to_numpy(np.int64)
+def _next_bars(decided: np.ndarray, grid: np.ndarray, length: int) -> np.ndarray:
+    """(orders) the number of the first bar that opens when the one of the decision is over, or later."""
+    after = decided + 1
+    early = grid[np.minimum(after, len(grid) - 1)] < grid[decided] + length
+    return np.searchsorted(grid, grid[decided] + length) if (early & (after < len(grid))).any() else after
 
-
+# %% ../../nbs/evaluation/34c_simulation.ipynb #5c2ef698
 def _roots(orders: pd.DataFrame, decided: np.ndarray, grid: np.ndarray, length: int, delay: int) -> np.ndarray:
     rows = np.zeros(len(orders), ORDER)
     rows["decided"], rows["last"], rows["since"], rows["rests"] = decided, _NEVER, -1, -1
-    rows["active"] = np.searchsorted(grid, grid[decided] + length) + delay
-    rows["kind"], rows["unit"] = _numbered(orders["kind"], KINDS), _numbered(orders["unit"], SIZES)
+    rows["active"] = _next_bars(decided, grid, length) + delay
+    rows["kind"], rows["unit"] = to_numbers(orders["kind"], KINDS), to_numbers(orders["unit"], SIZES)
     rows["size"] = orders["size"].fillna(0.0)
     for column, field in _NUMBERS.items():
         rows[field] = np.nan_to_num(_numbers(orders, column))
@@ -114,6 +134,8 @@ def _roots(orders: pd.DataFrame, decided: np.ndarray, grid: np.ndarray, length: 
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #7c1e1bad
 def _with_brackets(roots: np.ndarray, orders: pd.DataFrame) -> np.ndarray:
+    if not {*_BRACKETS} & {*orders}:
+        return roots
     shares = np.stack([_numbers(orders, name) for name in _BRACKETS], axis=1)
     has = ~np.isnan(shares)
     parents, which = np.nonzero(has)
@@ -139,14 +161,14 @@ class _Run:
     grid: np.ndarray  # (bars) open times, nanoseconds
     market: Market
     book: np.ndarray  # (orders) of ORDER, with what became of them
-    result: tuple[np.ndarray, ...]  # of `run_engine`
-    kinds: np.ndarray  # (orders) what each order was at first
+    books: Books
+    kinds: np.ndarray  # (orders) what each order was at first, a number of KINDS
     parents: np.ndarray  # (orders) its row in the table; of a bracket that of the order it protects
 
     @property
     def values(self) -> np.ndarray:
         """(bars) equity at each close."""
-        return self.result[0]
+        return self.books.equity
 
     def times(self, moments: np.ndarray) -> pd.DatetimeIndex:
         """Those nanoseconds as times in UTC."""
@@ -154,7 +176,9 @@ class _Run:
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #c96473ad
 def _equity(run: _Run) -> pd.DataFrame:
-    equity, cash, units, flows, fills = run.result
+    equity, rows, fills = run.books.equity, run.books.rows, run.books.fills
+    cash, units, flows = run.books.cash[rows], run.books.units[rows], np.zeros((len(equity), 3))
+    flows[run.books.bar] = run.books.flows.sum(axis=1)
     value = units * run.market.close
     with np.errstate(divide="ignore", invalid="ignore"):
         gross, net = np.abs(value).sum(axis=1) / equity, value.sum(axis=1) / equity
@@ -163,41 +187,41 @@ def _equity(run: _Run) -> pd.DataFrame:
     table |= {"gross_exposure": gross, "net_exposure": net}
     for name, column in {"fees": "fee", "spread": "spread", "slippage": "slippage"}.items():
         table[name] = np.bincount(fills["bar"], fills[column], len(equity))
-    table |= dict(zip(("funding", "borrow", "liquidation"), flows.sum(axis=1).T, strict=True))
+    table |= dict(zip(("funding", "borrow", "liquidation"), flows.T, strict=True))
     table |= {f"units_{name}": units[:, a] for a, name in enumerate(run.assets)}
     return pd.DataFrame(table)
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #ab6a10e3
 def _fills(run: _Run) -> pd.DataFrame:
-    fills, names = run.result[4], np.array(run.assets)
+    fills, names = run.books.fills, run.assets
     order, length = fills["order"], timeframe_delta(run.timeframe).value
-    kinds = np.array([*run.kinds, "liquidation"])[order]
+    kinds = to_names(KINDS, np.r_[run.kinds, LIQUIDATION][order])
     decided = run.times(run.grid[np.r_[run.book["decided"], 0][order]] + length)
     own = np.where(order < 0, -1, np.r_[run.parents, -1][order])
     return pd.DataFrame({
         "ts": run.times(run.grid[fills["bar"]]), "decided_ts": decided.where(order >= 0, pd.NaT),
-        "asset_id": names[fills["asset"]], "order": own, "kind": kinds, "bracket": order >= len(run.given),
+        "asset_id": to_names(names, fills["asset"]), "order": own, "kind": kinds, "bracket": order >= len(run.given),
         "units": fills["units"],
         "price": fills["price"], "base_price": fills["base"], "notional": np.abs(fills["units"] * fills["price"]),
         "fee": fills["fee"], "spread": fills["spread"], "slippage": fills["slippage"],
-        "liquidity": np.where(fills["maker"], "maker", "taker"), "reason": kinds,
+        "liquidity": to_names(("taker", "maker"), fills["maker"]), "reason": kinds,
     })  # fmt: skip
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #cb4b7d81
 def _trades(run: _Run) -> pd.DataFrame:
-    made, names = make_trades(run.market, run.result), np.array(run.assets)
-    ended = np.array([*run.kinds, "liquidation"])[made["order"]]
+    made = make_trades(run.market, run.books)
+    ended = np.where(made["is_open"], len(KINDS), np.r_[run.kinds, LIQUIDATION][made["order"]])
     with np.errstate(divide="ignore", invalid="ignore"):
         net, prices = net_of(made), (made["entry_value"] / made["entered"], made["exit_value"] / made["left"])
         earned = net / made["entry_value"]
     return pd.DataFrame({
-        "asset_id": names[made["asset"]], "side": np.where(made["side"] > 0, "long", "short"),
+        "asset_id": to_names(run.assets, made["asset"]), "side": to_names(("short", "long"), made["side"] > 0),
         "entry_ts": run.times(run.grid[made["entry"]]), "exit_ts": run.times(run.grid[made["exit"]]),
         "entry_price": prices[0], "exit_price": prices[1], "units": made["most"], "notional": made["entry_value"],
         "bars": made["exit"] - made["entry"], "gross_pnl": made["gross"], "fees": made["fees"],
         "spread": made["spread"], "slippage": made["slippage"], "funding": made["funding"],
         "borrow": made["interest"], "liquidation": made["liquidation"], "net_pnl": net, "return": earned,
-        "exit_reason": np.where(made["is_open"], "open", ended), "is_open": made["is_open"],
+        "exit_reason": to_names((*KINDS, "open"), ended), "is_open": made["is_open"],
     })  # fmt: skip
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #7a195be2
@@ -242,10 +266,11 @@ def _check_orders(orders: pd.DataFrame, assets: tuple[str, ...], account: Accoun
         if unknown := {*orders[name].unique()} - {*known}:
             todo = f"Known are {', '.join(known)}."
             raise DataError(f"unknown {name} in the orders", sorted(map(str, unknown)), todo)
-    sizes = orders["size"].to_numpy(float)[orders["unit"].to_numpy() != "close"]
+    units, sizes = to_numbers(orders["unit"], SIZES), orders["size"].to_numpy(float)
+    sizes, units = sizes[units != CLOSE], units[units != CLOSE]
     if not np.isfinite(sizes).all():
         raise DataError("orders without a size", int((~np.isfinite(sizes)).sum()), "Leave out what has no forecast.")
-    negative = orders["unit"].isin(["fraction", "position"]) & (orders["size"] < 0)
+    negative = (sizes < 0) & (units != UNITS)
     if negative.any() and not may_short(account):
         todo = "Give --borrow-rate, say --market perpetual, or trade --side long."
         raise ConfigError("short positions on spot need a lender", f"{negative.sum()} orders", todo)
@@ -262,7 +287,7 @@ def _notes(account: AccountSettings, bars: dict, funding: dict | None) -> tuple[
 def _book(orders: pd.DataFrame, bars: dict, grid: np.ndarray, length: int, delay: int) -> tuple[np.ndarray, np.ndarray]:
     """The orders of the engine, and of each its row in the table."""
     roots = _roots(orders, _bars_of(orders, bars, grid, length), grid, length, delay)
-    roots["asset"] = _numbered(orders["asset_id"], tuple(bars))
+    roots["asset"] = to_numbers(orders["asset_id"], tuple(bars))
     book = _with_brackets(roots, orders)
     return book, np.r_[np.arange(len(roots)), np.repeat(np.arange(len(roots)), roots["children"])]
 
@@ -282,11 +307,11 @@ def simulate(
     funded = account.market == "perpetual" and any(len(one) for one in (funding or {}).values())
     terms, rates = _terms(account, funded), funding if funded else None
     _check_orders(given, assets, account)
-    how = {"timeframe": timeframe, "funding": rates, "with_volatility": account.slippage_volatility > 0}
-    grid, market = make_market(bars, **how)
+    how = {"with_volatility": account.slippage_volatility > 0, "with_years": bool(terms["borrow"][0])}
+    grid, market = make_market(bars, timeframe=timeframe, funding=rates, **how)
     book, parents = _book(given, bars, grid, length, account.delay)
-    kinds = np.array(KINDS)[book["kind"]]
-    result = run_engine(market, book, len(given), terms)
-    check_books(market, result, account.capital)
+    kinds = book["kind"].copy()  # a stop may become another kind while it lives
+    books = run_engine(market, book, len(given), terms)
+    check_books(market, books, account.capital)
     known = (account.capital, account, timeframe, assets, _notes(account, bars, rates))
-    return Backtest(*known, given, grid, market, book, result, kinds, parents)
+    return Backtest(*known, given, grid, market, book, books, kinds, parents)
