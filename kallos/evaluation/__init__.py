@@ -199,6 +199,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "books": ("Books", "Market", "frozen", "open_books"),
         "backtest": ("run_engine",),
+        "order_book": ("make_book",),
         "ledger": (
             "COSTS",
             "ROUNDING",
@@ -211,8 +212,9 @@ __getattr__, __dir__, __all__ = lazy(
             "AccountSettings",
             "Backtest",
             "may_short",
-            "simulate",
+            "Stage", "play_on", "set_stage", "simulate",
         ),
+        "many": ("bar_returns", "simulate_many", "summarize"),
         "signals": (
             "check_tradable",
             "cross_rank_signal",

@@ -293,7 +293,10 @@ def run_engine(
     n_roots: int,  # how many of them are no brackets
     terms: np.ndarray,  # (1) of ACCOUNT
 ) -> Books:
-    """What the account became."""
+    """What the account became; ValueError if the market lacks what the terms ask for."""
+    for name, term in (("volatility", "slippage_volatility"), ("funding", "has_funding"), ("years", "borrow")):
+        if terms[term][0] > 0 and len(getattr(market, name)) != len(market.close):
+            raise ValueError(f"the market was laid out without {name}")
     books, desk = open_books(*market.close.shape, orders, terms)
     arrays = [frozen(values) for values in market]
     rows, fills = _engine(tuple(arrays[:6]), *arrays[6:], n_roots, books, desk)
