@@ -200,10 +200,9 @@ __getattr__, __dir__, __all__ = lazy(
             "decide",
             "tidy",
         ),
-        "backtest": (
-            "Market",
-            "run_engine",
-        ),
+        "books": ("Books", "Market", "frozen", "open_books"),
+        "backtest": ("run_engine",),
+        "order_book": ("make_book",),
         "ledger": (
             "COSTS",
             "ROUNDING",
@@ -216,8 +215,9 @@ __getattr__, __dir__, __all__ = lazy(
             "AccountSettings",
             "Backtest",
             "may_short",
-            "simulate",
+            "Stage", "play_on", "set_stage", "simulate",
         ),
+        "many": ("bar_returns", "simulate_many", "summarize"),
         "signals": (
             "check_tradable",
             "cross_rank_signal",
@@ -246,6 +246,8 @@ __getattr__, __dir__, __all__ = lazy(
             "make_market",
             "nanoseconds",
             "time_grid",
+            "to_names",
+            "to_numbers",
         ),
         "performance": (
             "COST_COLUMNS",

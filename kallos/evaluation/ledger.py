@@ -11,29 +11,54 @@ import math
 import numpy as np
 from numba import njit
 
-from .backtest import Market
+from .books import Books, Market, frozen
 
 # %% ../../nbs/evaluation/34b_ledger.ipynb #02ff7a3b
 @njit(cache=True, nogil=True)
-def _worst_error(close, fills, equity, cash, units, flows, capital):
+def _distance(equity, expected, worth, scale, worst):
+    """The larger one of `worst` and the distance from equity to both others, over the scale; NaN if one of them is."""
+    error = max(abs(equity - expected), abs(equity - worth))
+    if error <= worst * scale:
+        return worst
+    return max(worst, error / scale) if error == error else math.nan
+
+
+@njit(cache=True, nogil=True)
+def _moved(t, row, f, close, books):
+    """What the bar of a row changed, the amounts that it moved, and the number of the first fill behind it."""
+    change, scale = 0.0, 0.0
+    for a in range(close.shape[1]):
+        flow = books.flows[row, a]
+        if row > 0:
+            change += books.units[row - 1, a] * (close[t, a] - close[t - 1, a])
+        change -= flow[0] + flow[1] + flow[2]
+    while f < len(books.fills) and books.fills[f].bar == t:
+        fill = books.fills[f]
+        change += fill.units * (close[t, fill.asset] - fill.price) - fill.fee
+        scale += abs(fill.units) * fill.price
+        f += 1
+    return change, scale, f
+
+# %% ../../nbs/evaluation/34b_ledger.ipynb #02ff7a3c
+@njit(cache=True, nogil=True)
+def _worst_error(close, books, capital):
     """The largest distance between equity as recorded and as rebuilt, over the largest amount that the bar moved."""
-    worst, before, f = 0.0, capital, 0
-    for t in range(len(equity)):
-        expected, scale, worth = before, abs(before) + abs(cash[t]), cash[t]
-        for a in range(units.shape[1]):
-            if t > 0 and units[t - 1, a] != 0.0:
-                expected += units[t - 1, a] * (close[t, a] - close[t - 1, a])
-            expected -= flows[t, a, 0] + flows[t, a, 1] + flows[t, a, 2]
-            worth += units[t, a] * close[t, a]
-            scale += abs(units[t, a]) * close[t, a]
-        while f < len(fills) and fills[f].bar == t:
-            fill = fills[f]
-            expected += fill.units * (close[t, fill.asset] - fill.price) - fill.fee
-            scale += abs(fill.units) * fill.price
-            f += 1
-        worst = max(worst, abs(equity[t] - expected) / scale, abs(equity[t] - worth) / scale)
-        before = equity[t]
-    return worst
+    worst, before, f, equity = 0.0, capital, 0, books.equity
+    for row in range(len(books.bar)):
+        first, cash = books.bar[row], books.cash[row]
+        change, moved, f = _moved(first, row, f, close, books)
+        for t in range(first, books.bar[row + 1] if row + 1 < len(books.bar) else len(equity)):
+            expected, worth, scale = before, cash, abs(before) + abs(cash)
+            for a in range(close.shape[1]):
+                held = books.units[row, a]
+                worth += held * close[t, a]
+                scale += abs(held) * close[t, a]
+                if t > first:
+                    expected += held * (close[t, a] - close[t - 1, a])
+            if t == first:
+                expected, scale = expected + change, scale + moved
+            worst, before = _distance(equity[t], expected, worth, scale, worst), equity[t]
+    return worst if f == len(books.fills) else math.nan
 
 # %% ../../nbs/evaluation/34b_ledger.ipynb #9503e0a7
 ROUNDING = 1e-9  # of the amounts that a bar moves
@@ -41,12 +66,11 @@ ROUNDING = 1e-9  # of the amounts that a bar moves
 
 def check_books(
     market: Market,  # of the run
-    result: tuple[np.ndarray, ...],  # from `run_engine`
+    books: Books,  # from `run_engine`
     capital: float,  # at the start
 ) -> float:
     """The largest relative error of equity; ArithmeticError if it is more than rounding."""
-    equity, cash, units, flows, fills = result
-    error = _worst_error(market.close, fills, equity, cash, units, flows, capital)
+    error = _worst_error(frozen(market.close), books, capital)
     if not error <= ROUNDING:
         raise ArithmeticError(f"the books of the backtest do not close (error {error:.1e}): a bug of kallos")
     return error
@@ -116,6 +140,7 @@ def _value(trade, held, bar, price):
 # %% ../../nbs/evaluation/34b_ledger.ipynb #75cecc7d
 @njit(cache=True, nogil=True)
 def _make_trades(close, fills, flows, flowing):
+    """`flows` are those of the bars `flowing`."""
     n_bars, n_assets = close.shape
     now, held, trades = np.full(n_assets, -1), np.zeros(n_assets), np.zeros(len(fills), TRADE)
     n, f, g, last = 0, 0, 0, n_bars + 1
@@ -131,7 +156,7 @@ def _make_trades(close, fills, flows, flowing):
         if g < len(flowing) and flowing[g] == t:
             for a in range(n_assets):
                 if owner[a] >= 0:
-                    _charge(trades[owner[a]], flows[t, a])
+                    _charge(trades[owner[a]], flows[g, a])
             g += 1
     for a in range(n_assets):
         if now[a] >= 0:
@@ -141,12 +166,11 @@ def _make_trades(close, fills, flows, flowing):
 # %% ../../nbs/evaluation/34b_ledger.ipynb #da9191a6
 def make_trades(
     market: Market,  # of the run
-    result: tuple[np.ndarray, ...],  # from `run_engine`
+    books: Books,  # from `run_engine`
 ) -> np.ndarray:
     """(trades) of TRADE, by the fill that opened them; `exit` of an open one is the last bar."""
-    _, _, _, flows, fills = result
-    flowing = np.flatnonzero(flows.any(axis=(1, 2))) if len(fills) else np.zeros(0, np.int64)
-    return _make_trades(market.close, fills, flows, flowing)
+    flowing = books.flows.any(axis=(1, 2)) & (len(books.fills) > 0)
+    return _make_trades(frozen(market.close), books.fills, books.flows[flowing], books.bar[flowing])
 
 
 def net_of(
