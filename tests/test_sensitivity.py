@@ -105,7 +105,7 @@ def test_the_rows_do_not_depend_on_the_threads(btc):
 
 
 @pytest.mark.parametrize(("signal", "costs"), [("rank", {0.0}), ("return", {0.0, 0.002, 0.0006, 0.0026})])
-def test_orders_are_made_once_for_points_that_share_them_and_know_their_cost(btc, monkeypatch, signal, costs):
+def test_orders_are_made_once_for_points_that_share_them_and_know_their_cost(btc, signal, costs):
     bars, forecasts = btc
     asked, lock = [], threading.Lock()
 
@@ -114,11 +114,10 @@ def test_orders_are_made_once_for_points_that_share_them_and_know_their_cost(btc
             asked.append(cost)
         return make_orders(*args, cost=cost, **how)
 
-    monkeypatch.setattr(room, "make_orders", counted)
     grid = {"delay": [0, 1, 2], "taker_fee": [0.0, 0.001], "slippage": [0.0, 0.0003]}
     free = PERPETUAL.model_copy(update={"half_spread": 0.0})
     own = {"strategy": StrategySettings(signal=signal), "account": free}
-    assert len(sensitivity_table(forecasts, bars, grid=grid, n_jobs=4, **own)) == 12
+    assert len(sensitivity_table(forecasts, bars, grid=grid, n_jobs=4, make=counted, **own)) == 12
     assert sorted(round(cost, 12) for cost in asked) == sorted(costs)
 
 

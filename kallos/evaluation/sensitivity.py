@@ -23,11 +23,10 @@ from tqdm import tqdm
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #80a9cc49
 from ..core.errors import ConfigError
 from ..core.schemas import timeframe_delta
-from .backtest import Market, run_engine
-from .ledger import check_books, make_trades
-from .markets import check_market, make_market
+from .ledger import make_trades
+from .many import summarize
 from .signals import check_tradable
-from .simulation import AccountSettings, _book, _check_orders, _terms, may_short
+from .simulation import AccountSettings, Backtest, Stage, may_short, play_on, set_stage
 from .sizing import bars_of
 from .strategies import StrategySettings, make_orders
 
@@ -91,40 +90,25 @@ def _points(grid: dict | list[dict], own: _Point) -> tuple[list[str], list[_Poin
 Make = Callable[..., pd.DataFrame]  # (forecasts, strategy, *, cost, bars) -> Orders
 
 
-@dataclass(frozen=True)
-class _Stage:
+class _Case(NamedTuple):
     forecasts: pd.DataFrame
-    bars: dict[str, pd.DataFrame]  # by asset
-    length: int  # of a bar, nanoseconds
-    funding: dict[str, pd.DataFrame] | None
-    grid: np.ndarray  # (bars) open times, nanoseconds
-    markets: dict[tuple[bool, bool], Market]  # by `_kind`
+    stage: Stage
     make: Make
-
-# %% ../../nbs/evaluation/38_sensitivity.ipynb #6db5ab1f
-def _kind(account: AccountSettings, funding: dict[str, pd.DataFrame] | None) -> tuple[bool, bool]:
-    """Whether funding is paid, and whether slippage looks at volatility."""
-    stored = any(len(one) for one in (funding or {}).values())
-    return account.market == "perpetual" and stored, account.slippage_volatility > 0
 
 
 def _set_up(
     forecasts: pd.DataFrame, bars: Any, funding: dict | None, accounts: list[AccountSettings], make: Make
-) -> _Stage:
+) -> _Case:
     timeframe = check_tradable(forecasts)["timeframe"].iloc[0]
     tables = bars if isinstance(bars, dict) else bars_of(forecasts, bars)
-    tables, markets = {name: check_market(one, name) for name, one in tables.items()}, {}
-    for kind in {_kind(account, funding) for account in accounts}:
-        how = {"timeframe": timeframe, "funding": funding if kind[0] else None, "with_volatility": kind[1]}
-        grid, markets[kind] = make_market(tables, **how)
-    return _Stage(forecasts, tables, timeframe_delta(timeframe).value, funding, grid, markets, make)
+    return _Case(forecasts, set_stage(tables, accounts, timeframe=timeframe, funding=funding), make)
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #798b15ed
 class _Orders:
-    def __init__(self, make: Callable[[], tuple[np.ndarray, int]]) -> None:
+    def __init__(self, make: Callable[[], pd.DataFrame]) -> None:
         self._make, self._made, self._lock = make, None, Lock()
 
-    def __call__(self) -> tuple[np.ndarray, int]:
+    def __call__(self) -> pd.DataFrame:
         with self._lock:
             if self._made is None:
                 self._made = self._make()
@@ -137,79 +121,55 @@ def _needs(point: _Point) -> tuple:
     return point.strategy, round_trip_cost(point.account) if looks else 0.0, may_short(point.account)
 
 
-def _make_book(stage: _Stage, point: _Point) -> tuple[np.ndarray, int]:
-    """The orders as the engine wants them, not yet delayed, and how many of them are no brackets."""
-    orders = stage.make(stage.forecasts, point.strategy, cost=_needs(point)[1], bars=stage.bars)
-    _check_orders(orders, tuple(stage.bars), point.account)
-    return _book(orders, stage.bars, stage.grid, stage.length, 0)[0], len(orders)
-
-# %% ../../nbs/evaluation/38_sensitivity.ipynb #4dffee11
-_Terms = Callable[[np.ndarray], None]
-
-
-def _play(stage: _Stage, orders: _Orders, account: AccountSettings, change: _Terms | None = None) -> tuple:
-    """The market and what the engine returns; `change` may write into the terms of the account."""
-    made, n_roots = orders()
-    book, kind = made.copy(), _kind(account, stage.funding)
-    book["active"][:n_roots] += account.delay
-    terms, market = _terms(account, kind[0]), stage.markets[kind]
-    if change is not None:
-        change(terms)
-    result = run_engine(market, book, n_roots, terms)
-    check_books(market, result, account.capital)
-    return market, result
+def _orders(case: _Case, point: _Point) -> _Orders:
+    how = {"cost": _needs(point)[1], "bars": case.stage.bars}
+    return _Orders(partial(case.make, case.forecasts, point.strategy, **how))
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #fb404104
 _YEAR = pd.Timedelta(days=365).value
-_ROUNDING = 1e-12
+_PAID = ("fees", "spread", "slippage", "funding", "borrow", "liquidation")
 
 
-def _sharpe(value: np.ndarray, years: float) -> float:
-    alive = value[:-1] > 0
-    returns = value[1:][alive] / value[:-1][alive] - 1
-    few = len(returns) < 2 or np.ptp(returns) <= _ROUNDING * max(1.0, np.abs(returns).max())
-    if few or value[-1] <= 0:
-        return math.nan
-    return float(returns.mean() / returns.std(ddof=1) * math.sqrt((len(value) - 1) / years))
-
-
-def _curve(equity: np.ndarray, capital: float) -> np.ndarray:
-    """(bars + 1) the account from the first open on, zero from a total loss on."""
-    value = np.r_[capital, equity]
+def _turnover(run: Backtest) -> float:
+    value, grid, fills = run.values.copy(), run.grid, run.books.fills
     value[np.maximum.accumulate(value <= 0)] = 0.0
-    return value
+    years = (grid[-1] + timeframe_delta(run.timeframe).value - grid[0]) / _YEAR
+    mean = value.mean()
+    return float(np.abs(fills["units"] * fills["price"]).sum() / mean / years) if mean > 0 else math.nan
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #12e20f1e
-def _judge(stage: _Stage, orders: _Orders, account: AccountSettings) -> dict[str, float]:
-    market, result = _play(stage, orders, account)
-    equity, _, _, flows, fills = result
-    value, years = _curve(equity, account.capital), (stage.grid[-1] + stage.length - stage.grid[0]) / _YEAR
-    traded, mean = np.abs(fills["units"] * fills["price"]).sum(), value[1:].mean()
-    deepest = float((value / np.maximum.accumulate(value) - 1).min())
+def _total(run: Backtest) -> float:
+    """The total return, -1 after a total loss."""
+    return -1.0 if (run.values <= 0).any() else float(run.values[-1] / run.capital - 1)
+
+
+def _judge(case: _Case, orders: _Orders, account: AccountSettings) -> dict[str, float]:
+    run = play_on(case.stage, orders(), account)
+    told = summarize(run)
     return {
-        "final_equity": float(equity[-1]),
-        "total_return": float(value[-1] / account.capital - 1),
-        "sharpe": _sharpe(value, years),
-        "max_drawdown": deepest if deepest < -_ROUNDING else 0.0,
-        "trades": int((~make_trades(market, result)["is_open"]).sum()),
-        "costs": float(sum(fills[name].sum() for name in ("fee", "spread", "slippage")) + flows.sum()),
-        "turnover": float(traded / mean / years) if mean > 0 else math.nan,
+        "final_equity": told["equity"],
+        "total_return": _total(run),
+        "sharpe": told["sharpe"],
+        "max_drawdown": told["max_drawdown"],
+        "trades": int((~make_trades(run.market, run.books)["is_open"]).sum()),
+        "costs": sum(told[name] for name in _PAID),
+        "turnover": _turnover(run),
     }
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #9a26cd21
-def _jobs(stage: _Stage, points: list[_Point], places: list[int]) -> Iterator:
+def _jobs(case: _Case, points: list[_Point], places: list[int]) -> Iterator:
     key = None
     for point in map(points.__getitem__, places):
         if _needs(point) != key:
-            key, orders = _needs(point), _Orders(partial(_make_book, stage, point))
-        yield joblib.delayed(_judge)(stage, orders, point.account)
+            key, orders = _needs(point), _orders(case, point)
+        yield joblib.delayed(_judge)(case, orders, point.account)
 
 
-def _run_all(stage: _Stage, points: list[_Point], n_jobs: int, progress: bool) -> pd.DataFrame:
+def _run_all(case: _Case, points: list[_Point], n_jobs: int, progress: bool) -> pd.DataFrame:
     first = {_needs(point): place for place, point in reversed([*enumerate(points)])}
     places = sorted(range(len(points)), key=lambda place: first[_needs(points[place])])
     threads = joblib.Parallel(n_jobs, require="sharedmem", return_as="generator")
-    runs = tqdm(threads(_jobs(stage, points, places)), total=len(points), unit="run", disable=not progress)
+    runs = tqdm(threads(_jobs(case, points, places)), total=len(points), unit="run", disable=not progress)
     return pd.DataFrame([*runs], index=places).sort_index()
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #5ced6194
@@ -228,10 +188,10 @@ def sensitivity_table(
     """One row a point: its settings, is_own (whether it is the run itself), and what became of the account."""
     own = _Point(strategy, account)
     names, points = _points(grid, own)
-    stage = _set_up(forecasts, bars, funding, [point.account for point in points], make)
+    case = _set_up(forecasts, bars, funding, [point.account for point in points], make)
     table = pd.DataFrame({name: [point.value(name) for point in points] for name in names})
     table["is_own"] = [point == own for point in points]
-    return table.join(_run_all(stage, points, n_jobs, progress))
+    return table.join(_run_all(case, points, n_jobs, progress))
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #998e869e
 @dataclass(frozen=True)
@@ -248,18 +208,21 @@ class BreakEven:
         """Its own and the extra."""
         return self.own + self.extra
 
+# %% ../../nbs/evaluation/38_sensitivity.ipynb #b3e4d5ad
+_FEES = ("maker_fee", "taker_fee")
+_RATES = (*_FEES, "half_spread", "slippage", "slippage_volatility", "slippage_volume")
 
-_RATES = ["maker", "taker", "half_spread", "slippage", "slippage_volatility", "slippage_volume"]
 
-
-def _charge(terms: np.ndarray, extra: float, own: float) -> None:
+def _dearer(account: AccountSettings, extra: float, own: float) -> AccountSettings:
     """Adds to the fees what is above zero; scales all rates down by what is below."""
-    for name in _RATES[:2] if extra > 0 else _RATES:
-        terms[name] = terms[name] + extra if extra > 0 else terms[name] * (1 + extra / own if own else 1.0)
+    if extra > 0:
+        return account.model_copy(update={name: getattr(account, name) + extra for name in _FEES})
+    left = 1 + extra / own if own else 1.0
+    return account.model_copy(update={name: getattr(account, name) * left for name in _RATES})
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #d0129524
-def _paid(result: tuple) -> float:
-    fills = result[4]
+def _paid(run: Backtest) -> float:
+    fills = run.books.fills
     traded = np.abs(fills["units"] * fills["price"]).sum()
     costs = sum(fills[name].sum() for name in ("fee", "spread", "slippage"))
     return float(costs / traded) if traded > 0 else math.nan
@@ -302,13 +265,12 @@ def break_even_cost(
     make: Make = make_orders,  # makes the orders of a point, as `make_orders` does
 ) -> BreakEven:
     """The cost of a side at which the orders of the run earn nothing, in numbers and in words."""
-    stage = _set_up(forecasts, bars, funding, [account], make)
-    orders = _Orders(partial(_make_book, stage, _Point(strategy, account)))
+    case = _set_up(forecasts, bars, funding, [account], make)
+    orders = _orders(case, _Point(strategy, account))
 
     def earned(extra: float) -> float:
-        _, result = _play(stage, orders, account, partial(_charge, extra=extra, own=own))
-        return float(_curve(result[0], account.capital)[-1] / account.capital - 1)
+        return _total(play_on(case.stage, orders(), _dearer(account, extra, own)))
 
-    own = _paid(_play(stage, orders, account)[1])
+    own = _paid(play_on(case.stage, orders(), account))
     extra = math.nan if math.isnan(own) else _search(earned, own)
     return BreakEven(own, extra, total := earned(0.0), _sentence(own, extra, total))
