@@ -202,7 +202,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "books": ("Books", "Market", "frozen", "open_books"),
         "backtest": ("run_engine",),
-        "order_book": ("make_book",),
+        "order_book": ("make_book", "signal_book"),
         "ledger": (
             "COSTS",
             "ROUNDING",
@@ -214,6 +214,7 @@ __getattr__, __dir__, __all__ = lazy(
         "simulation": (
             "AccountSettings",
             "Backtest",
+            "make_terms",
             "may_short",
             "Stage", "play_on", "set_stage", "simulate",
         ),

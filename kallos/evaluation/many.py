@@ -15,9 +15,13 @@ import pandas as pd
 from joblib import Parallel, delayed
 from numba import njit
 
+from ..core.errors import DataError
 from ..core.schemas import timeframe_delta
-from .ledger import make_trades
-from .simulation import AccountSettings, Backtest, Stage, play_on, set_stage
+from .backtest import run_engine
+from .books import Books
+from .ledger import check_books, make_trades
+from .order_book import signal_book
+from .simulation import AccountSettings, Backtest, Stage, make_terms, may_short, play_on, set_stage
 
 # %% ../../nbs/evaluation/34f_many.ipynb #153b993e
 @njit(cache=True, nogil=True)
@@ -57,18 +61,27 @@ def _moments(returns):
 _ROUNDING = 1e-12
 
 
-def _ratios(run: Backtest, returns: np.ndarray) -> dict[str, float]:
+def _ratios(returns: np.ndarray, timeframe: str, grid: np.ndarray) -> dict[str, float]:
     mean, squares, low, high, depth = _moments(returns)
-    length, grid = timeframe_delta(run.timeframe).value, run.grid
+    length = timeframe_delta(timeframe).value
     per_year = len(grid) / ((grid[-1] + length - grid[0]) / _YEAR)
     varies = len(returns) > 1 and high - low > _ROUNDING * max(1.0, abs(low), abs(high))
     sharpe = math.nan
-    if varies and run.values[-1] > 0:
+    if varies and returns[-1] > -1:
         sharpe = mean / math.sqrt(squares / (len(returns) - 1)) * math.sqrt(per_year)
     return {"sharpe": sharpe, "max_drawdown": depth if depth < -_ROUNDING else 0.0}
 
 
 _YEAR = pd.Timedelta(days=365).value
+
+# %% ../../nbs/evaluation/34f_many.ipynb #e4988b58
+def _figures(books: Books, capital: float, returns: np.ndarray, stage: Stage) -> dict[str, float]:
+    fills, flows, final = books.fills, books.flows.sum(axis=(0, 1)), float(books.equity[-1])
+    known = {"equity": final, "total_return": final / capital - 1}
+    known |= _ratios(returns, stage.timeframe, stage.grid) | {"trades": len(make_trades(stage.market, books))}
+    known |= {"fees": fills["fee"].sum(), "spread": fills["spread"].sum(), "slippage": fills["slippage"].sum()}
+    known |= dict(zip(("funding", "borrow", "liquidation"), flows, strict=True))
+    return {name: value if name == "trades" else float(value) for name, value in known.items()}
 
 # %% ../../nbs/evaluation/34f_many.ipynb #23c599a9
 def summarize(
@@ -76,25 +89,32 @@ def summarize(
     returns: np.ndarray | None = None,  # from `bar_returns`, if they are known
 ) -> dict[str, float]:
     """equity at the end, total_return, sharpe (yearly), max_drawdown, number of trades and what was paid."""
-    fills, flows, final = run.books.fills, run.books.flows.sum(axis=(0, 1)), float(run.values[-1])
-    known = {"equity": final, "total_return": final / run.capital - 1}
-    known |= _ratios(run, bar_returns(run) if returns is None else returns)
-    known["trades"] = len(make_trades(run.market, run.books))
-    known |= {"fees": fills["fee"].sum(), "spread": fills["spread"].sum(), "slippage": fills["slippage"].sum()}
-    known |= dict(zip(("funding", "borrow", "liquidation"), flows, strict=True))
-    return {name: value if name == "trades" else float(value) for name, value in known.items()}
+    returns = bar_returns(run) if returns is None else returns
+    return _figures(run.books, run.capital, returns, Stage(run.timeframe, {}, {}, run.grid, run.market))
 
 # %% ../../nbs/evaluation/34f_many.ipynb #083154ba
 def _row(stage: Stage, setting: Any, orders_of: Callable, account: AccountSettings) -> dict[str, float]:
     made = orders_of(setting)
     orders, own = made if isinstance(made, tuple) else (made, account)
-    return summarize(play_on(stage, orders, own))
+    return _of_signal(stage, orders, own) if isinstance(orders, np.ndarray) else summarize(play_on(stage, orders, own))
+
+
+def _of_signal(stage: Stage, wanted: np.ndarray, account: AccountSettings) -> dict[str, float]:
+    length, rates = timeframe_delta(stage.timeframe).value, stage.funding if account.market == "perpetual" else {}
+    if len(stage.bars) > 1 or (wanted.min() < 0 and not may_short(account)):
+        raise DataError(
+            "a signal is of one asset, and short only where one can borrow", len(stage.bars), "Give orders."
+        )
+    book = signal_book(wanted, stage.grid, length=length, delay=account.delay)
+    books = run_engine(stage.market, book, len(book), make_terms(account, bool(rates)))
+    check_books(stage.market, books, account.capital)
+    return _figures(books, account.capital, _returns(books.equity, account.capital), stage)
 
 # %% ../../nbs/evaluation/34f_many.ipynb #8e76c612
 def simulate_many(
     bars: dict[str, pd.DataFrame],  # checked bars of each asset
     settings: Iterable[Any],  # whatever `orders_of` understands
-    orders_of: Callable[[Any], Any],  # the orders of a setting, as in `simulate`, or these and an account
+    orders_of: Callable[[Any], Any],  # orders as in `simulate`, or a signal as in `signal_book`; or (these, account)
     account: AccountSettings = AccountSettings(),  # of the settings that bring none
     *,
     timeframe: str,  # length of a bar
