@@ -45,13 +45,15 @@ def bar_returns(
 @njit(cache=True, nogil=True)
 def _moments(returns):
     """The mean, the sum of squares around it, the smallest, the largest and the deepest drawdown."""
-    total, squares, low, high, value, peak, depth = 0.0, 0.0, np.inf, -np.inf, 1.0, 1.0, 0.0
+    total, squares, low, high, value, peak, depth, floor = 0.0, 0.0, np.inf, -np.inf, 1.0, 1.0, 0.0, 1.0
     for one in returns:
         total += one
         low, high = min(low, one), max(high, one)
         value *= 1.0 + one
-        peak = max(peak, value)
-        depth = min(depth, value / peak - 1.0)
+        if value > peak:
+            peak, floor = value, value * (1.0 + depth)
+        elif value < floor:
+            depth, floor = value / peak - 1.0, value
     mean = total / len(returns)
     for one in returns:
         squares += (one - mean) * (one - mean)
