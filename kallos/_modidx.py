@@ -1377,6 +1377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                       'kallos/evaluation/forecast_probes.py'),
                                                    'kallos.evaluation.forecast_probes._cliffs': ( 'evaluation/forecast_probes.html#_cliffs',
                                                                                                   'kallos/evaluation/forecast_probes.py'),
+                                                   'kallos.evaluation.forecast_probes._clock': ( 'evaluation/forecast_probes.html#_clock',
+                                                                                                 'kallos/evaluation/forecast_probes.py'),
                                                    'kallos.evaluation.forecast_probes._explained': ( 'evaluation/forecast_probes.html#_explained',
                                                                                                      'kallos/evaluation/forecast_probes.py'),
                                                    'kallos.evaluation.forecast_probes._facts': ( 'evaluation/forecast_probes.html#_facts',

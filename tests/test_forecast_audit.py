@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
 from kallos.core.errors import DataError, KallosError
 from kallos.core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
+from kallos.data.features import compute_features
 from kallos.data.labels import make_labels
 from kallos.data.sample import sample_bars
 from kallos.data.store import write_bars
@@ -32,17 +35,40 @@ def boosting() -> HistGradientBoostingRegressor:
 
 
 MODELS = {"ridge": lambda: Ridge(1e-6), "boosting": boosting}
+SHRUNK = {"shrunk": lambda: make_pipeline(StandardScaler(), Ridge(5e4))}
+INDICATORS = ["rsi", "mfi", "macd_diff_relative", "realised_volatility_30", "volume_ratio"]
+
+
+def wild(seed: int) -> pd.DataFrame:
+    """Tails of Student's t with 2.5 degrees of freedom, clustered volatility, and a volume that has its hours."""
+    rng, bars = np.random.default_rng(seed), market(seed, signal=0.0, end="2024-10-31")
+    calm = np.exp(0.1 * pd.Series(rng.standard_normal(len(bars))).ewm(alpha=0.02).sum())
+    times = (calm / np.sqrt(rng.chisquare(2.5, len(bars)) / 2.5)).clip(upper=30).to_numpy()
+    moved = {name: times * np.log(bars[name] / bars["open"]) for name in ("open", "high", "low", "close")}
+    opened = np.log(bars["open"][0]) + moved["close"].cumsum().shift(fill_value=0.0)
+    hours = np.exp(rng.normal(0, 0.5, 6))[np.arange(len(bars)) % 6]
+    amounts = {name: bars[name] * hours * calm for name in bars if "volume" in name}
+    return bars.assign(**{name: np.exp(opened + log) for name, log in moved.items()}, **amounts)
+
+
+def inputs(bars: pd.DataFrame, model: str) -> np.ndarray:
+    """The last ten returns, or the last ten values of indicators."""
+    last = np.log(bars[["close"]]).diff()
+    if model == "shrunk":
+        table = compute_features(bars, timeframe="4h", names=INDICATORS).set_index("ts")
+        last = table[INDICATORS].reindex(bars["ts"] + STEP).reset_index(drop=True)
+    return pd.concat([last.shift(n) for n in range(10)], axis=1).to_numpy()
 
 
 def honest(bars: pd.DataFrame, model: str = "ridge", *, horizon: int = 1, rows: int = 1000) -> pd.DataFrame:
-    """The Forecasts table of a model of the last ten returns that is fitted anew before each of four folds."""
-    close = np.log(bars["close"])
-    X = pd.concat([close.diff().shift(n) for n in range(10)], axis=1).to_numpy()
+    """The Forecasts table of a model that is fitted anew before each of four folds."""
+    close, X = np.log(bars["close"]), inputs(bars, model)
+    first = np.isfinite(X).all(axis=1).argmax()
     y = (close.shift(-horizon) - close).to_numpy()
     last, closes, parts = len(bars) - horizon, bars["ts"] + STEP, []
     for fold, at in enumerate(np.array_split(np.arange(last - rows, last), FOLDS)):
-        train = np.arange(10, at[0] - horizon)
-        said = MODELS[model]().fit(X[train], y[train]).predict(X[at])
+        train = np.arange(first, at[0] - horizon)
+        said = (MODELS | SHRUNK)[model]().fit(X[train], y[train]).predict(X[at])
         values = {"close_at_ts": bars["close"][at].array, "y_true": y[at], "y_pred": said, "y_naive": 0.0}
         keys = {"asset_id": "X", "timeframe": "4h", "model": model, "fold": fold, "horizon": horizon}
         times = {"ts": closes[at].array, "target_ts": closes[at + horizon].array}
@@ -152,10 +178,27 @@ def test_forecasts_of_later_bars_are_caught_and_honest_ones_pass(bars, model):
 
 
 def test_a_model_without_any_skill_is_caught_too():
-    martingale = market(seed=4, signal=0.0)
+    martingale = market(seed=2, signal=0.0)
     table = honest(martingale)
     assert audit_forecasts(table, martingale).passed
     assert [*audit_forecasts(later(table), martingale).findings["probe"]] == ["forecast cliff"]
+
+
+@pytest.mark.parametrize("seed", [5, 16])
+def test_a_model_that_knows_the_size_of_the_next_bar_is_honest(seed):
+    """Ten values of indicators foretell volume and volatility where these have tails, clusters and hours."""
+    bars = wild(seed)
+    table = honest(bars, "shrunk", rows=2400)
+    assert audit_forecasts(table, bars).passed
+    found = audit_forecasts(later(table), bars).findings
+    assert "of bar 1 after this time" in found["said"][0]
+
+
+def test_the_best_forecast_of_the_sample_market_is_not_too_good(bars):
+    """It is the planted autocorrelation times the last return."""
+    known = pd.Series(0.2 * np.log(bars["close"]).diff().to_numpy(), bars["ts"] + STEP)
+    table = honest(bars, rows=2000)
+    assert audit_forecasts(table.assign(y_pred=known[table["ts"]].to_numpy()), bars).passed
 
 
 @pytest.mark.parametrize("horizon", [1, 5, 20])

@@ -99,15 +99,22 @@ def _facts(bars: pd.DataFrame, runs: np.ndarray) -> pd.DataFrame:
     step, height = (moved / usual).clip(-5, 5), (bars["high"] - bars["low"]).replace(0, np.nan)
     traded = np.log(bars["volume"].where(bars["volume"] > 0)).groupby(runs).diff()
     facts = {"step": step, "side": step.clip(-0.5, 0.5), "moved": moved.clip(*moved.quantile([0.005, 0.995]))}
-    facts |= {"rise": (step - 1).clip(lower=0), "fall": (-step - 1).clip(lower=0), "size": step.abs()}
+    facts |= {"jump": step - step.clip(-1, 1), "place": ((bars["close"] - bars["low"]) / height).fillna(0.5)}
+    facts |= {"size": step.abs(), "large": (step.abs() - 1).clip(lower=0)}
     facts |= {"span": (np.log(bars["high"] / bars["low"]) / usual).clip(0, 10)}
-    facts |= {"place": ((bars["close"] - bars["low"]) / height).fillna(0.5), "volume": traded.clip(-3, 3).fillna(0)}
-    return pd.DataFrame(facts)
+    return pd.DataFrame(facts | {"volume": traded.clip(-3, 3).fillna(0)})
 
 # %% ../../nbs/evaluation/30g_forecast_probes.ipynb #d052770a
-_CLOCK = ["hour_sine", "hour_cosine", "weekday_sine", "weekday_cosine", "taker_buy_ratio", "volume_ratio", "obv_slope"]
+def _clock(closes: pd.DatetimeIndex) -> pd.DataFrame:
+    """What the time of day and the day of the week tell: three waves of each."""
+    parts = ((closes - closes.normalize()) / pd.Timedelta("1D"), closes.dayofweek / 7)
+    waves = [wave(2 * np.pi * k * part) for part in parts for k in (1, 2, 3) for wave in (np.sin, np.cos)]
+    return pd.DataFrame(np.column_stack(waves).round(9), closes).add_prefix("clock_")
+
+# %% ../../nbs/evaluation/30g_forecast_probes.ipynb #c1f0a7d3
+_FACTS = {"direction": ["step", "side", "moved", "jump", "place"], "size": ["size", "large", "span", "volume"]}
 _OSCILLATORS = ["rsi", "mfi", "adx", "stochastic_k", "stochastic_d", "bollinger_position", "macd_diff_relative"]
-_SIZES = ["atr_relative", "bollinger_width", "garman_klass_volatility"]
+_OTHERS = ["taker_buy_ratio", "volume_ratio", "obv_slope", "atr_relative", "bollinger_width", "garman_klass_volatility"]
 _SPANS = {"log_return": (3, 7, 14, 30), "sma_distance": (20, 50, 200), "realised_volatility": (7, 30)}
 
 
@@ -116,10 +123,10 @@ def _told(bars: pd.DataFrame, timeframe: str) -> _Bars:
     facts = _facts(bars, runs)
     earlier = [facts.groupby(runs).shift(n).add_suffix(f"_{n}") for n in range(5)]
     earlier += [facts[["step", "moved"]].groupby(runs).shift(n).add_suffix(f"_{n}") for n in range(5, 10)]
-    spans = [f"{name}_{n}" for name, lengths in _SPANS.items() for n in lengths]
-    shipped = [*_CLOCK, *_OSCILLATORS, *_SIZES, *spans]
+    earlier += [facts[_FACTS["size"]].groupby(runs).shift(n).add_suffix(f"_{n}") for n in range(5, 12)]
+    shipped = [*_OSCILLATORS, *_OTHERS, *(f"{name}_{n}" for name, lengths in _SPANS.items() for n in lengths)]
     names = [name for name in shipped if can_be_tried(name, bars, timeframe=timeframe)]
-    known = pd.concat(earlier, axis=1).set_axis(closes)
+    known = pd.concat(earlier, axis=1).set_axis(closes).join(_clock(pd.DatetimeIndex(closes)))
     if names:
         features = compute_features(bars, timeframe=timeframe, names=names).set_index("ts")
         known = known.join(features[names])
@@ -133,12 +140,12 @@ def _span_of(columns: np.ndarray) -> np.ndarray:
     return base[:, size > 1e-6 * size[0]]
 
 
-def _explained(left: np.ndarray, new: np.ndarray, used: int) -> tuple[float, float, np.ndarray]:
+def _explained(left: np.ndarray, new: np.ndarray, base: np.ndarray) -> tuple[float, float, np.ndarray]:
     """(adjusted share of the variance of `left` that `new` explains, p-value, (n) by how much each row shows it)."""
-    n, q = new.shape
-    products = left[:, None] * new
-    total = products.sum(axis=0)
-    wald = total @ np.linalg.pinv(products.T @ products, hermitian=True) @ total * (n - used) / n
+    (n, q), used = new.shape, base.shape[1]
+    products, unspent = left[:, None] * new, np.maximum(1 - np.sum(base**2, axis=1), 0.01)
+    total, spread = products.sum(axis=0), products / unspent[:, None]
+    wald = total @ np.linalg.pinv(spread.T @ spread, hermitian=True) @ total
     fitted = new @ np.linalg.lstsq(new, left, rcond=None)[0]
     rest = np.sum((left - fitted) ** 2) / (left @ left)
     share = 1 - rest * (n - used) / (n - used - q)
@@ -146,6 +153,8 @@ def _explained(left: np.ndarray, new: np.ndarray, used: int) -> tuple[float, flo
 
 # %% ../../nbs/evaluation/30g_forecast_probes.ipynb #d6f650b5
 _FEWEST, _MOST, _DELAYS, _AHEAD = 300, 20_000, 5, 10
+_NEW, _MOVES = "what is new in the forecast", "the size of the forecast's moves"
+_LEAST = {(_NEW, "direction"): GREAT, (_NEW, "size"): 0.1, (_MOVES, "size"): 0.02}  # that nothing honest explains
 
 
 class _Series(NamedTuple):
@@ -164,36 +173,37 @@ def _series(forecasts: pd.DataFrame) -> list[_Series]:
 def _word(column: str, value: object) -> str:
     return str(value) if column in ("model", "target") else f"{column} {value}"
 
-
-def _opinion(rows: pd.DataFrame) -> pd.Series:
-    scale = rows["close_at_ts"].where(rows["target"] == "close", 1.0)
-    said = (rows["y_pred"] - rows["y_naive"]) / scale
-    return said.clip(*said.quantile([0.005, 0.995])).set_axis(pd.DatetimeIndex(rows["ts"]))
-
 # %% ../../nbs/evaluation/30g_forecast_probes.ipynb #25d6ba76
 class _Cliff(NamedTuple):
     ahead: int  # bars
+    fact: str  # "direction" or "size" of that bar
     what: str  # is explained
     share: float  # of its variance
     p_value: float
     ts: pd.Timestamp  # the row that shows it best
 
 
-def _tests(what: str, said: pd.Series, known: np.ndarray, new: dict[int, np.ndarray]) -> list[_Cliff]:
+def _tests(what: str, said: pd.Series, known: np.ndarray, new: dict[tuple[int, str], np.ndarray]) -> list[_Cliff]:
     base = _span_of(known)
     beyond = lambda columns: columns - base @ (base.T @ columns)  # noqa: E731
     left = beyond(said.to_numpy())
     if left @ left <= ROUNDING**2 * (said @ said):
         return []
-    results = {n: _explained(left, beyond(facts), base.shape[1]) for n, facts in new.items()}
-    return [_Cliff(n, what, *found[:2], said.index[found[2].argmax()]) for n, found in results.items()]
+    results = {key: _explained(left, beyond(facts), base) for key, facts in new.items()}
+    return [_Cliff(*key, what, *found[:2], said.index[found[2].argmax()]) for key, found in results.items()]
 
 # %% ../../nbs/evaluation/30g_forecast_probes.ipynb #952dc82d
+def _opinion(rows: pd.DataFrame) -> pd.Series:
+    scale = rows["close_at_ts"].where(rows["target"] == "close", 1.0)
+    said = (rows["y_pred"] - rows["y_naive"]) / scale
+    return said.clip(*said.quantile([0.005, 0.995])).set_axis(pd.DatetimeIndex(rows["ts"]))
+
+
 def _cliffs(series: _Series, told: _Bars) -> list[_Cliff]:
-    """Two tests for each bar ahead; none if rows are few or the forecast never moves."""
+    """Three tests for each bar ahead; none if rows are few or the forecast never moves."""
     said = _opinion(series.rows.tail(_MOST))
     leads = sorted({*range(1, _AHEAD + 1), series.horizon})
-    new = {n: told.facts.groupby(told.runs).shift(-n).reindex(said.index).to_numpy() for n in leads}
+    new = {n: told.facts.groupby(told.runs).shift(-n).reindex(said.index) for n in leads}
     moves = said.diff().abs()
     delayed, before = ([one.shift(n) for n in range(1, _DELAYS + 1)] for one in (said, moves))
     known = np.column_stack([*delayed, told.known.reindex(said.index)])
@@ -201,22 +211,20 @@ def _cliffs(series: _Series, told: _Bars) -> list[_Cliff]:
     kept = np.isfinite(np.column_stack([every, moves, *new.values()])).all(axis=1)
     if kept.sum() < _FEWEST:
         return []
-    new = {n: facts[kept] for n, facts in new.items()}
-    size = [told.facts.columns.get_loc(name) for name in ("size", "span", "rise", "fall")]
-    found = _tests("what is new in the forecast", said[kept], known[kept], new)
-    sizes = {n: facts[:, size] for n, facts in new.items()}
-    return found + _tests("the size of the forecast's moves", moves[kept], every[kept], sizes)
+    new = {(n, of): facts.loc[kept, names].to_numpy() for n, facts in new.items() for of, names in _FACTS.items()}
+    sizes = {key: facts for key, facts in new.items() if key[1] == "size"}
+    return _tests(_NEW, said[kept], known[kept], new) + _tests(_MOVES, moves[kept], every[kept], sizes)
 
 # %% ../../nbs/evaluation/30g_forecast_probes.ipynb #7b567f35
 def _forecast_cliff(every: list[_Series], told: _Bars, level: float) -> Probe:
     tried = [(one, _cliffs(one, told)) for one in every]
     tests, found = sum(len(cliffs) for _, cliffs in tried), []
     for one, cliffs in tried:
-        guilty = [cliff for cliff in cliffs if cliff.share >= GREAT and cliff.p_value < level / tests]
+        guilty = [c for c in cliffs if c.share >= _LEAST[c.what, c.fact] and c.p_value < level / tests]
         if guilty:
-            ahead, what, share, p_value, ts = max(guilty, key=lambda cliff: cliff.share)
+            ahead, fact, what, share, p_value, ts = max(guilty, key=lambda cliff: cliff.share)
             said = (
-                f"{one.name}: bar {ahead} after this time explains {share:.1%} of {what}, which "
+                f"{one.name}: the {fact} of bar {ahead} after this time explains {share:.1%} of {what}, which "
                 f"neither the bars before nor the delayed forecasts do (p = {p_value:.0e}); this row shows it best"
             )
             found.append(Finding("forecast cliff", "y_pred", ts, said))
@@ -270,7 +278,7 @@ def audit_forecasts(
     key = {name: str(rows[name].iloc[0]) for name in ("asset_id", "timeframe")}
     timeframe_delta(key["timeframe"])
     bars = read_bars(bars, **key) if isinstance(bars, sa.Engine) else bars
-    every, probes = _series(rows), []
+    every, probes, span = _series(rows), [], bars["ts"].iloc[[0, -1]]
     for name, probe in {
         "forecast bars": lambda: _forecast_bars(rows, bars, key["timeframe"]),
         "forecast cliff": lambda: _forecast_cliff(every, _told(bars, key["timeframe"]), level),
@@ -278,8 +286,7 @@ def audit_forecasts(
     }.items():
         say(name)
         probes.append(probe())
-    span, names = (bars["ts"].iloc[0], bars["ts"].iloc[-1]), tuple(one.name for one in every)
-    return Audit(*key.values(), len(bars), *span, names, tuple(probes), 0, "forecasts")
+    return Audit(*key.values(), len(bars), *span, tuple(one.name for one in every), tuple(probes), 0, "forecasts")
 
 # %% ../../nbs/evaluation/30g_forecast_probes.ipynb #036a17dd
 def _rows_of(forecasts: pd.DataFrame, **wanted: str | None) -> pd.DataFrame:
