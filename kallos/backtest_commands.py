@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 backtest_app = typer.Typer()
 
-# %% ../nbs/59h_backtest_commands.ipynb #aa3e936f
-_NAMES = {"trade_by": "signal", "sizing_window": "volatility_window", "account_market": "market"}
+# %% ../nbs/59h_backtest_commands.ipynb #6da23bdc
+_NAMES = {
+    "trade_by": "signal",
+    "sizing_window": "volatility_window",
+    "account_market": "market",
+    "threads": "n_jobs",
+    "results_path": "output_path",
+}
 
 
 def _settings(given: dict[str, Any]) -> "BacktestSettings":
@@ -50,7 +56,7 @@ _ACCOUNT = """forecasts capital account_market maker_fee taker_fee half_spread s
 slippage_volume volume_limit borrow_rate leverage maintenance_margin liquidation_fee min_notional tick lot delay"""
 _STRATEGY = """trade_by entry entry_probability entry_rank rank_history hysteresis holding leave side stop_at
 take_profit_at trail_by sizing fraction target_volatility sizing_window kelly_share largest_fraction"""
-_RUN = "in_sample seen_until n_shuffles no_sensitivity n_jobs seed output_path db_url no_report"
+_RUN = "in_sample seen_until n_shuffles no_sensitivity threads seed results_path db_url no_report"
 
 # %% ../nbs/59h_backtest_commands.ipynb #b7a4b1d6
 @command(

@@ -200,7 +200,7 @@ _STRATEGY = {
     "take_profit_at": _option(float, "Profit at which it is closed."),
     "trail_by": _option(float, "Fall from the best price at which it is closed."),
     "sizing": _option(str, "What decides the size of a position: fixed, volatility or kelly.", "fixed"),
-    "fraction": _option(float, "Share of equity of a position of fixed size, an asset.", "1"),
+    "fraction": _option(float, "Share of equity of a position of fixed size, an asset.", "an equal part each"),
     "target_volatility": _option(float, "Annual volatility that a position is to have.", "0.2"),
     "sizing_window": _option(int, "Past bars that tell the volatility.", "30", name="--volatility-window"),
     "kelly_share": _option(float, "Part of Kelly's share that is taken.", "0.5"),
@@ -212,6 +212,8 @@ _BACKTEST = {
     "in_sample": _flag("--in-sample", "Trade rows that the model has seen, and mark every figure."),
     "seen_until": _option(str, "The last moment that was seen, where no manifest says it."),
     "n_shuffles": _option(int, "Twins whose forecasts stand at another time.", "50"),
+    "threads": _option(int, "Threads; -1 is one a core.", "1", name="--n-jobs"),
+    "results_path": _option(Path, "Holds the results' folder.", "above that of the forecasts", name="--output-path"),
     "no_sensitivity": _flag("--no-sensitivity", "Leave out the runs over fees, slippage, delay and threshold."),
 }
 

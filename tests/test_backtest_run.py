@@ -11,7 +11,7 @@ import pytest
 from kallos.core.errors import KallosError
 from kallos.core.runs import file_hash, read_json, verify_manifest, write_json
 from kallos.data.records import write_funding
-from kallos.data.store import read_bars
+from kallos.data.store import read_bars, write_bars
 from kallos.data.tables import connect
 from kallos.evaluation.backtest_runs import run_backtest
 from kallos.evaluation.backtest_settings import BacktestSettings
@@ -58,7 +58,7 @@ def stated(folder: Path, table: pd.DataFrame, name: str, **more) -> BacktestSett
     place = folder / name / "forecasts"
     place.mkdir(parents=True, exist_ok=True)
     table.to_parquet(place / "forecasts.parquet")
-    values = {"forecasts": place / "forecasts.parquet", "seen_until": "2020-01-01", "n_shuffles": 5}
+    values = {"forecasts": place / "forecasts.parquet", "seen_until": "2020-01-01", "n_shuffles": 20}
     return BacktestSettings.from_values(values | {"sensitivity": False} | more)
 
 
@@ -190,6 +190,85 @@ def test_a_perpetual_pays_its_funding_and_says_where_none_is_stored(house, seer)
     paid = run_backtest(stated(house, seer, "funded", market="perpetual", side="long"), db=url_of(house))
     assert paid.figures["costs_funding"] > 0 and not paid.figures["notes"]
     assert paid.result.values[-1] < without.result.values[-1]
+
+
+# What a hostile reader found
+
+
+def several(house: Path, names: list[str]) -> pd.DataFrame:
+    """Three markets that take turns in promising something, under these names; the last of them ends earlier."""
+    bars, tables = bars_of(house), []
+    engine = connect(url_of(house))
+    for number, name in enumerate(names):
+        own = bars.copy()
+        own[["open", "high", "low", "close"]] *= np.linspace(1, 1.2 + 0.3 * number, len(own))[:, None]
+        write_bars(engine, own, asset_id=name, timeframe="1d", venue="sample", replace=True)
+        turn = np.where(np.arange(90) // 10 % 3 == number, 0.05, 0.0)
+        tables.append(forecasts_on(own, turn).assign(asset_id=name).iloc[: 90 - 7 * number])
+    engine.dispose()
+    return pd.concat(tables).sort_values(["ts", "asset_id"], kind="stable", ignore_index=True)
+
+
+def test_names_of_assets_decide_nothing_and_ends_may_differ(house):
+    totals = []
+    for names in (["AAA", "MMM", "ZZZ"], ["ZZZ", "AAA", "MMM"]):
+        settings = stated(house, several(house, names), "-".join(names), fraction=1.0)
+        run = run_backtest(settings, db=url_of(house))
+        assert not (run.result.orders["status"] == "rejected").any()
+        assert run.looks.models == 1 and run.looks.strategies == 1
+        totals.append(run.figures["total_return"])
+    assert totals[0] == pytest.approx(totals[1], rel=1e-12) and totals[0] != 0
+
+
+def test_an_equal_part_for_each_asset_unless_said(house):
+    run = run_backtest(stated(house, several(house, ["AAA", "MMM", "ZZZ"]), "parts"), db=url_of(house))
+    assert {*run.result.given["size"]} == {0.0, 1 / 3}
+
+
+def test_orders_that_are_too_small_are_counted_and_nothing_breaks(house, seer):
+    settings = stated(house, seer, "small", min_notional=20_000, sensitivity=True)
+    run = run_backtest(settings, db=url_of(house))
+    assert "orders was filled" in run.sentence and any("were refused" in note for note in run.figures["notes"])
+
+
+def test_a_strategy_that_reads_the_next_row_is_refused(house, seer):
+    def peek(forecasts: pd.DataFrame) -> pd.DataFrame:
+        rises = forecasts["close_at_ts"].shift(-1) > forecasts["close_at_ts"]
+        return forecasts[["ts", "asset_id"]].assign(kind="market", unit="fraction", size=rises.astype(float))
+
+    with pytest.raises(KallosError, match="decides by forecasts that had not been made"):
+        run_backtest(stated(house, seer, "peek"), db=url_of(house), strategy=peek)
+
+
+def test_every_version_of_ones_own_strategy_is_a_look(house, seer):
+    def buyer(share: float):
+        return lambda rows: rows[["ts", "asset_id"]].head(1).assign(kind="market", unit="fraction", size=share)
+
+    runs = [run_backtest(stated(house, seer, "versions"), db=url_of(house), strategy=buyer(n / 10)) for n in (1, 2, 2)]
+    assert [run.looks.strategies for run in runs] == [1, 2, 2]
+
+
+def test_seen_rows_get_no_verdict(house, seer):
+    run = run_backtest(stated(house, seer, "seen", in_sample=True, seen_until="2023-01-01"), db=url_of(house))
+    assert run.sentence.startswith("IN SAMPLE") and "ore than luck:" not in run.sentence
+
+
+def test_the_end_of_a_label_is_its_horizon_whatever_came(house):
+    bars, exits = bars_of(house), []
+    for came in (1, 3, 10):
+        table = forecasts_on(bars.iloc[:-20], np.full(2, 0.05)).assign(horizon=10)
+        table["target_ts"] = table["ts"] + came * DAY
+        run = run_backtest(stated(house, table, f"label {came}"), db=url_of(house))
+        exits.append(run.result.trades["exit_ts"].iloc[-1])
+    assert len({*exits}) == 1
+
+
+def test_slippage_by_volatility_learns_from_the_bars_before(house, seer):
+    settings = stated(house, seer.iloc[:1], "volatile", slippage_volatility=1.0, entry=0.0, side="long")
+    table = seer.iloc[:1].assign(y_pred=0.5)
+    table.to_parquet(settings.forecasts)
+    run = run_backtest(settings, db=url_of(house))
+    assert run.result.fills["slippage"].iloc[0] > 10.0  # of 10,000, at a volatility of percents
 
 
 # What is refused

@@ -83,7 +83,7 @@ def _at_open(k, turn, desk):
     if order.since < 0:
         order.since = bar
         order.price = asset.open if order.kind == TRAILING_STOP else order.price
-    if side != 0.0:
+    if side != 0.0 and (turn > -2 or side * asset.units < 0.0):
         base, maker, bound = _open_price(bar, order, side, asset.open)
         if base > 0.0:
             fill_order(k, base, maker, bound, turn < 0, desk)
@@ -151,7 +151,7 @@ def _each(turn, nearest, desk):
 def _trade(desk):
     """All that orders and margin do in a bar."""
     nearest, has_margin = 2.0, desk.account[0].has_margin > 0.0
-    for turn in range(-1, 3):  # the open, and the three turns inside the bar
+    for turn in range(-2, 3):  # what closes at the open, all at the open, and the three turns inside the bar
         if turn > 0 and has_margin:
             nearest = margin_call(desk)
         if turn == 2 and nearest <= 1.0:

@@ -36,6 +36,7 @@ class BacktestSettings(AccountSettings, StrategySettings):
     side: Literal["both", "long", "short"] | None = Field(
         None, description="sides that are taken; both where the account may be short, else long, if none"
     )
+    fraction: float | None = Field(None, gt=0, le=125, description="share of equity an asset; equal parts if none")
     in_sample: bool = Field(False, description="trade rows that the model has seen, and mark every figure")
     seen_until: str | None = Field(None, description="the last moment that was seen, where no manifest says it")
     n_shuffles: int = Field(50, ge=0, le=10_000, description="twins whose forecasts stand at another time")
@@ -50,22 +51,26 @@ def account_of(
     market: str | None = None,  # as the database has it
 ) -> AccountSettings:
     """The account; ConfigError on a market that is neither spot nor perpetual."""
-    known = {name: getattr(settings, name) for name in AccountSettings.model_fields} | {
-        "market": settings.market or ("perpetual" if market in _PERPETUAL else "spot" if market is None else market)
-    }
+    kind = settings.market or ("perpetual" if market in _PERPETUAL else "spot" if market is None else market)
+    if kind == "perpetual" and settings.borrow_rate is not None:
+        todo = "Leave --borrow-rate out, or say --market spot."
+        raise ConfigError("a perpetual borrows nothing: it pays funding", settings.borrow_rate, todo)
+    known = {name: getattr(settings, name) for name in AccountSettings.model_fields} | {"market": kind}
     return AccountSettings.from_values(known, source="the market")
 
 
 _PERPETUAL = ("perpetual", "swap")
 
-
+# %% ../../nbs/evaluation/38d_backtest_settings.ipynb #ca6b3870
 def strategy_of(
     settings: BacktestSettings,  # of the run
     account: AccountSettings,  # that trades
+    n_assets: int = 1,  # how many share it
 ) -> StrategySettings:
-    """The strategy, its sides settled."""
+    """The strategy, its sides and its share of equity settled."""
     known = {name: getattr(settings, name) for name in StrategySettings.model_fields}
-    return StrategySettings(**known | {"side": settings.side or ("both" if may_short(account) else "long")})
+    sides = settings.side or ("both" if may_short(account) else "long")
+    return StrategySettings(**known | {"side": sides, "fraction": settings.fraction or 1 / n_assets})
 
 # %% ../../nbs/evaluation/38d_backtest_settings.ipynb #1bfb6d05
 @dataclass(frozen=True)
@@ -103,10 +108,11 @@ def _check_closes(rows: pd.DataFrame, bars: pd.DataFrame, length: pd.Timedelta) 
         raise DataError(f"{off.sum()} forecasts of {asset!r} do not lie on its bars", received, todo)
 
 
-def _window(bars: pd.DataFrame, rows: pd.DataFrame, length: pd.Timedelta) -> pd.DataFrame:
-    """From the bar at whose close the first forecast was made to the one that opens where the last one ends."""
-    within = (bars["ts"] + length >= rows["ts"].min()) & (bars["ts"] <= rows["target_ts"].max())
-    return bars[within].reset_index(drop=True)
+def _window(bars: pd.DataFrame, rows: pd.DataFrame, length: pd.Timedelta, delay: int) -> pd.DataFrame:
+    """From the bar at whose close the first forecast was made to the one in which the last one's position is closed."""
+    first = bars["ts"].searchsorted(rows["ts"].min() - length)
+    last = bars["ts"].searchsorted(rows["ts"].max() + rows["horizon"].iloc[0] * length)
+    return bars.iloc[first : last + delay + 1].reset_index(drop=True)
 
 # %% ../../nbs/evaluation/38d_backtest_settings.ipynb #c74d5936
 def _market(engine: sa.Engine, assets: tuple[str, ...]) -> str | None:
@@ -130,7 +136,7 @@ def read_traded(
         for asset, mine in rows.groupby("asset_id", sort=True):
             bars[asset] = read_bars(engine, asset_id=asset, timeframe=timeframe)
             _check_closes(mine, bars[asset], length)
-            window[asset] = _window(bars[asset], rows, length)
+            window[asset] = _window(bars[asset], rows, length, settings.delay)
             funding[asset] = read_funding(engine, asset_id=asset)
         market = _market(engine, tuple(bars))
     finally:

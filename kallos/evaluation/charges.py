@@ -7,6 +7,7 @@ __all__ = ['Looks', 'record_backtest', 'Charge', 'charge_of']
 
 # %% ../../nbs/evaluation/37b_charges.ipynb #aad52614
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -91,7 +92,15 @@ def record_backtest(
         values = {"asset_id": asset, "timeframe": timeframe, "end_date": seen.until, "params_file": seen.path.name}
         run = FoldSettings.from_values(values | {"output_path": folder}, source="the forecasts")
         looks += record_look(run, look | span_of(rows))
-    return Looks(tuple(looks))
+    return Looks(tuple(_once(looks)))
+
+# %% ../../nbs/evaluation/37b_charges.ipynb #78bbb397
+def _once(looks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The looks of several assets, each model once, with all strategies that were tried with it."""
+    for key in dict.fromkeys(look["key"] for look in looks):
+        same = [look for look in looks if look["key"] == key]
+        tried = dict.fromkeys(name for look in same for name in look.get("strategies", []))
+        yield same[0] | ({"strategies": [*tried]} if tried else {})
 
 # %% ../../nbs/evaluation/37b_charges.ipynb #e8ac730b
 @dataclass(frozen=True)

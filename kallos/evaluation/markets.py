@@ -125,6 +125,12 @@ def known_volatility(
     returns = pd.Series(close).pct_change()
     return returns.rolling(VOLATILITY_WINDOW, min_periods=2).std().shift(1).fillna(0.0).to_numpy()
 
+
+def _volatility(bars: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
+    """(grid) what is known of the asset's own bars; where it has none, as of the bar behind."""
+    times, found = nanoseconds(bars["ts"]), known_volatility(bars["close"].to_numpy(float))
+    return found[np.searchsorted(times, grid).clip(max=len(times) - 1)]
+
 # %% ../../nbs/evaluation/34_markets.ipynb #e01ebc8e
 def due_funding(
     funding: pd.DataFrame | None,  # ts and rate, a share of the position; None: not charged
@@ -157,6 +163,12 @@ def _beside(parts: tuple[np.ndarray, ...]) -> np.ndarray:
 
 _YEAR = pd.Timedelta(days=365).value
 
+# %% ../../nbs/evaluation/34_markets.ipynb #82fa3e70
+def _years(grid: np.ndarray, length: int) -> np.ndarray:
+    years = np.zeros((len(grid), 2))
+    years[1:, 0], years[:, 1] = (np.diff(grid) - length) / _YEAR, length / _YEAR
+    return years
+
 # %% ../../nbs/evaluation/34_markets.ipynb #230b2c9c
 def make_market(
     bars: dict[str, pd.DataFrame],  # of each asset, from `check_market`
@@ -164,20 +176,18 @@ def make_market(
     timeframe: str,  # length of a bar
     funding: dict[str, pd.DataFrame] | None = None,  # ts and rate of each asset that has them
     with_volatility: bool = False,  # measure it; one zero otherwise
+    history: dict[str, pd.DataFrame] | None = None,  # bars that begin earlier; volatility learns from them
     with_years: bool = True,  # lay them out; zeros of one bar otherwise
 ) -> tuple[np.ndarray, Market]:
     """The grid (open times, nanoseconds) and the arrays of the engine, an asset a column."""
     grid, length = time_grid(bars), timeframe_delta(timeframe).value
-    n, shape = len(grid), (len(grid), len(bars))
     places = [np.searchsorted(grid, nanoseconds(one["ts"])) if len(bars) > 1 else grid for one in bars.values()]
-    found = [_columns(one, at, n) for one, at in zip(bars.values(), places, strict=True)]
+    found = [_columns(one, at, len(grid)) for one, at in zip(bars.values(), places, strict=True)]
     *prices, volume, tradable = (_beside(parts) for parts in zip(*found, strict=True))
     volatility, due = np.zeros((1, 1)), np.zeros((1, 1, 3))
     if with_volatility:
-        volatility = np.stack([known_volatility(prices[3][:, a]) for a in range(shape[1])], axis=1)
+        volatility = np.stack([_volatility((history or bars)[name], grid) for name in bars], axis=1)
     if funding:
         due = np.stack([due_funding(funding.get(name), grid, length) for name in bars], axis=1)
-    years = np.zeros((n if with_years else 1, 2))
-    if with_years:
-        years[1:, 0], years[:, 1] = (np.diff(grid) - length) / _YEAR, length / _YEAR
+    years = _years(grid, length) if with_years else np.zeros((1, 2))
     return grid, Market(*prices, volume, volatility, tradable, due, years)

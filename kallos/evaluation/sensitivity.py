@@ -97,11 +97,12 @@ class _Case(NamedTuple):
 
 
 def _set_up(
-    forecasts: pd.DataFrame, bars: Any, funding: dict | None, accounts: list[AccountSettings], make: Make
+    forecasts: pd.DataFrame, bars: Any, funding: dict | None, accounts: list[AccountSettings], make: Make, history: Any
 ) -> _Case:
     timeframe = check_tradable(forecasts)["timeframe"].iloc[0]
     tables = bars if isinstance(bars, dict) else bars_of(forecasts, bars)
-    return _Case(forecasts, set_stage(tables, accounts, timeframe=timeframe, funding=funding), make)
+    how = {"timeframe": timeframe, "funding": funding}
+    return _Case(forecasts, set_stage(tables, accounts, history=history, **how), make)
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #798b15ed
 class _Orders:
@@ -182,13 +183,14 @@ def sensitivity_table(
     grid: dict[str, list] | list[dict[str, list]],  # values by setting, crossed; a list is not crossed
     funding: dict[str, pd.DataFrame] | None = None,  # ts and rate by asset; perpetuals only
     make: Make = make_orders,  # makes the orders of a point, as `make_orders` does
+    history: dict[str, pd.DataFrame] | None = None,  # bars that begin earlier, from which volatility learns
     n_jobs: int = -1,  # threads; -1 is all cores
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:
     """One row a point: its settings, is_own (whether it is the run itself), and what became of the account."""
     own = _Point(strategy, account)
     names, points = _points(grid, own)
-    case = _set_up(forecasts, bars, funding, [point.account for point in points], make)
+    case = _set_up(forecasts, bars, funding, [point.account for point in points], make, history)
     table = pd.DataFrame({name: [point.value(name) for point in points] for name in names})
     table["is_own"] = [point == own for point in points]
     return table.join(_run_all(case, points, n_jobs, progress))
@@ -217,7 +219,7 @@ def _dearer(account: AccountSettings, extra: float, own: float) -> AccountSettin
     """Adds to the fees what is above zero; scales all rates down by what is below."""
     if extra > 0:
         return account.model_copy(update={name: getattr(account, name) + extra for name in _FEES})
-    left = 1 + extra / own if own else 1.0
+    left = 1 + extra / own if extra < 0 else 1.0
     return account.model_copy(update={name: getattr(account, name) * left for name in _RATES})
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #d0129524
@@ -263,9 +265,10 @@ def break_even_cost(
     account: AccountSettings,  # of the run
     funding: dict[str, pd.DataFrame] | None = None,  # ts and rate by asset; perpetuals only
     make: Make = make_orders,  # makes the orders of a point, as `make_orders` does
+    history: dict[str, pd.DataFrame] | None = None,  # bars that begin earlier, from which volatility learns
 ) -> BreakEven:
     """The cost of a side at which the orders of the run earn nothing, in numbers and in words."""
-    case = _set_up(forecasts, bars, funding, [account], make)
+    case = _set_up(forecasts, bars, funding, [account], make, history)
     orders = _orders(case, _Point(strategy, account))
 
     def earned(extra: float) -> float:

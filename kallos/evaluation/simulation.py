@@ -27,6 +27,7 @@ from kallos.evaluation.fills import (
     CLOSE,
     KINDS,
     LIQUIDATION,
+    REJECTED,
     SIZES,
     STATES,
     UNITS,
@@ -219,7 +220,25 @@ def _notes(account: AccountSettings, bars: dict, funding: dict | None) -> tuple[
         return ("spot: no interest is charged, nothing can be borrowed",) if account.borrow_rate is None else ()
     without = [name for name in bars if funding is None or name not in funding or funding[name].empty]
     said = f"no funding rates are stored of {', '.join(without)}: funding is not charged"
-    return (f"{said}, which as a rule flatters who is long",) if without else ()
+    notes = (f"{said}, which as a rule flatters who is long",) if without else ()
+    there = (_uncovered(bars[name], name, funding[name]) for name in bars if name not in without)
+    return notes + tuple(filter(None, there))
+
+# %% ../../nbs/evaluation/34c_simulation.ipynb #8038679c
+def _uncovered(bars: pd.DataFrame, name: str, rates: pd.DataFrame) -> str | None:
+    first, last = bars["ts"].iloc[0], bars["ts"].iloc[-1]
+    inside = rates["ts"][rates["ts"].between(first, last)]
+    moments = pd.Series([first, *inside, last])
+    hole = moments.diff().max()
+    if len(inside) and hole <= pd.Timedelta(days=1):
+        return None
+    return f"funding rates of {name} are missing for up to {hole.days} days, and not charged there"
+
+
+def _refused(book: np.ndarray) -> tuple[str, ...]:
+    refused = int((book["status"] == REJECTED).sum())
+    said = f"{refused} of {len(book)} orders were refused: too large for the account, or too small"
+    return (said,) if refused else ()
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #54a87d4c
 class Stage(NamedTuple):
@@ -231,21 +250,22 @@ class Stage(NamedTuple):
     grid: np.ndarray  # (bars) open times, nanoseconds
     market: Market
 
-
+# %% ../../nbs/evaluation/34c_simulation.ipynb #61da086d
 def set_stage(
     bars: dict[str, pd.DataFrame],  # checked bars of each asset
     accounts: Sequence[AccountSettings],  # that will trade on it
     *,
     timeframe: str,  # length of a bar
     funding: dict[str, pd.DataFrame] | None = None,  # ts and rate by asset
+    history: dict[str, pd.DataFrame] | None = None,  # bars that begin earlier, from which volatility learns
 ) -> Stage:
     """The market as those accounts need it; DataError on bars that cannot be traded on."""
     bars = {name: check_market(one, name) for name, one in bars.items()}
     with_funding = any(one.market == "perpetual" for one in accounts) and any(map(len, (funding or {}).values()))
     rates, asked = funding if with_funding else {}, any(one.slippage_volatility > 0 for one in accounts)
     with_years = any(one.borrow_rate for one in accounts)
-    laid_out = make_market(bars, timeframe=timeframe, funding=rates, with_volatility=asked, with_years=with_years)
-    return Stage(timeframe, bars, rates, *laid_out)
+    how = {"timeframe": timeframe, "funding": rates, "with_volatility": asked, "with_years": with_years}
+    return Stage(timeframe, bars, rates, *make_market(bars, history=history, **how))
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #e8c5bee4
 def play_on(
@@ -262,7 +282,8 @@ def play_on(
     kinds = book["kind"].copy()  # a stop may become another kind while it lives
     books = run_engine(stage.market, book, len(given), terms)
     check_books(stage.market, books, account.capital)
-    known = (account.capital, account, stage.timeframe, assets, _notes(account, stage.bars, rates))
+    notes = _notes(account, stage.bars, rates) + _refused(book[: len(given)])
+    known = (account.capital, account, stage.timeframe, assets, notes)
     return Backtest(*known, given, stage.grid, stage.market, book, books, kinds, parents)
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #773362d5

@@ -27,7 +27,7 @@ class SizingSettings(Settings):
     sizing: Literal["fixed", "volatility", "kelly"] = Field("fixed", description="what decides the size of a position")
     fraction: float = Field(1.0, gt=0, le=100, description="share of equity of a position of fixed size, an asset")
     target_volatility: float = Field(0.2, gt=0, le=10, description="annual volatility that a position is to have")
-    volatility_window: int = Field(30, ge=2, description="past bars from which volatility is estimated")
+    volatility_window: int = Field(30, ge=2, le=1_000_000, description="past bars from which volatility is estimated")
     kelly_share: float = Field(0.5, gt=0, le=1, description="part of Kelly's share that is taken")
     largest_fraction: float = Field(1.0, gt=0, le=100, description="most that volatility or Kelly may ask for")
 
