@@ -269,7 +269,6 @@ __getattr__, __dir__, __all__ = lazy(
             "write_table",
         ),
         "windows": (
-            "IN_SAMPLE",
             "KINDS",
             "Seen",
             "is_seen",
