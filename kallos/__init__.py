@@ -27,7 +27,14 @@ __getattr__, __dir__, __all__ = lazy(
         "data": (),
         "models": (),
         "evaluation": (),
+        "inference": (),
         "workflow": (),
+        "option_kinds": (
+            "flag",
+            "many",
+            "option",
+        ),
+        "inference_options": ("INFERENCE",),
         "options": (
             "Interrupted",
             "OPTIONS",

@@ -15,230 +15,220 @@ from typing import Annotated, Any
 import typer
 
 from .core.errors import KallosError
+from .inference_options import INFERENCE
+from .option_kinds import flag, many, option
 
 # %% ../nbs/59_options.ipynb #3ad72c9b
-def _option(kind: type, text: str, default: str | bool = False, *, name: str | None = None) -> Any:
-    return Annotated[kind | None, typer.Option(*([name] if name else []), help=text, show_default=default)]
-
-
-def _flag(name: str, text: str) -> Any:
-    return Annotated[bool | None, typer.Option(name, help=text)]
-
-
-def _many(name: str, text: str, default: str | bool = False) -> Any:
-    return Annotated[list[str] | None, typer.Option(name, help=f"{text} May be repeated.", show_default=default)]
-
-
 _SHARED = {
-    "asset_id": _option(str, "Instrument on one venue, as you name it at ingest, e.g. BTC."),
-    "timeframe": _option(str, "Length of a bar, e.g. 15m, 1h, 4h, 1d.", "1d"),
-    "db_url": _option(str, "sqlite:///... or postgresql://...", "KALLOS_DB_URL, else data/kallos.db"),
-    "replace": _flag("--replace", "First delete what the asset has."),
-    "allow_batch_symbols": _flag("--allow-batch-symbols", "Let one command work on several instruments."),
-    "seed": _option(int, "Makes the result repeatable.", "0"),
+    "asset_id": option(str, "Instrument on one venue, as you name it at ingest, e.g. BTC."),
+    "timeframe": option(str, "Length of a bar, e.g. 15m, 1h, 4h, 1d.", "1d"),
+    "db_url": option(str, "sqlite:///... or postgresql://...", "KALLOS_DB_URL, else data/kallos.db"),
+    "replace": flag("--replace", "First delete what the asset has."),
+    "allow_batch_symbols": flag("--allow-batch-symbols", "Let one command work on several instruments."),
+    "seed": option(int, "Makes the result repeatable.", "0"),
 }
 
 # %% ../nbs/59_options.ipynb #0ba73c9b
 _FILES = "Files, folders or globs: CSV, Parquet, Feather, JSON, zipped or not."
 _DATA = {
     "files": Annotated[list[Path] | None, typer.Argument(help=_FILES, show_default="all in data/raw")],
-    "venue": _option(str, "Where it is traded, e.g. binance.", "not told"),
-    "market": _option(str, "spot, perpetual, ...", "spot"),
-    "quote": _option(str, "The asset that prices are in, e.g. USDT."),
-    "mapping": _many("--map", "Read a column of kallos from that column of the file, e.g. volume=volume_btc."),
-    "fill_gaps": _flag("--fill-gaps", "Fill gaps with flat bars, marked, that are never trained on or traded."),
-    "drop_last": _flag("--drop-last", "Keep the last bar out: the file ends before it closed."),
-    "start": _option(str, "No bar opens before.", "2018-01-01"),
-    "end": _option(str, "Last day, included.", "2025-12-31"),
-    "signal": _option(float, "What can be predicted: autocorrelation of returns; 0 is a martingale.", "0.2"),
+    "venue": option(str, "Where it is traded, e.g. binance.", "not told"),
+    "market": option(str, "spot, perpetual, ...", "spot"),
+    "quote": option(str, "The asset that prices are in, e.g. USDT."),
+    "mapping": many("--map", "Read a column of kallos from that column of the file, e.g. volume=volume_btc."),
+    "fill_gaps": flag("--fill-gaps", "Fill gaps with flat bars, marked, that are never trained on or traded."),
+    "drop_last": flag("--drop-last", "Keep the last bar out: the file ends before it closed."),
+    "start": option(str, "No bar opens before.", "2018-01-01"),
+    "end": option(str, "Last day, included.", "2025-12-31"),
+    "signal": option(float, "What can be predicted: autocorrelation of returns; 0 is a martingale.", "0.2"),
 }
 _FETCH = {
-    "exchange": _option(str, "An exchange that ccxt knows, e.g. binance."),
-    "symbols": _many("--symbol", "Pair in ccxt's spelling: BTC/USDT is spot, BTC/USDT:USDT a perpetual."),
-    "timeframes": _many("--timeframe", "Length of a bar, e.g. 1h.", "1d"),
-    "since": _option(str, "The first bar opens then, UTC; later runs go on from the last stored bar."),
-    "until": _option(str, "Only bars that have closed by then, UTC.", "now"),
-    "funding": _flag("--funding", "Fetch funding rates of perpetuals too."),
-    "exchange_url": _option(str, "A mirror or test server in the place of the exchange.", "the exchange's own"),
+    "exchange": option(str, "An exchange that ccxt knows, e.g. binance."),
+    "symbols": many("--symbol", "Pair in ccxt's spelling: BTC/USDT is spot, BTC/USDT:USDT a perpetual."),
+    "timeframes": many("--timeframe", "Length of a bar, e.g. 1h.", "1d"),
+    "since": option(str, "The first bar opens then, UTC; later runs go on from the last stored bar."),
+    "until": option(str, "Only bars that have closed by then, UTC.", "now"),
+    "funding": flag("--funding", "Fetch funding rates of perpetuals too."),
+    "exchange_url": option(str, "A mirror or test server in the place of the exchange.", "the exchange's own"),
 }
 
 # %% ../nbs/59_options.ipynb #50fd8358
 _TABLES = {
-    "full": _flag("--full", "Compute all rows again, not only what new bars concern."),
-    "own_features": _option(
+    "full": flag("--full", "Compute all rows again, not only what new bars concern."),
+    "own_features": option(
         Path, "Python file that registers your own features; it is run. `data` uses those that --feature-groups names."
     ),
-    "bars_start": _option(str, "No bar opens before, UTC.", "the first bar", name="--start"),
-    "bars_end": _option(str, "Every bar has closed by then, UTC.", "the last bar", name="--end"),
-    "horizons": _option(str, "Bars ahead, a set of labels each.", "1,5,20"),
-    "labels": _option(str, "triple_barrier or forward_return.", "triple_barrier"),
-    "profit_taking": _option(float, "Upper barrier, in units of volatility.", "1.0"),
-    "stop_loss": _option(float, "Lower barrier, in units of volatility.", "1.0"),
-    "volatility_window": _option(int, "Bars in which the barriers' unit is measured.", "100"),
-    "weighting": _option(str, "What makes a row count: uniqueness or return_attribution.", "uniqueness"),
-    "oldest_weight": _option(float, "Factor of the oldest row's weight; 1 is no decay.", "1.0"),
-    "train_end": _option(str, "The last moment that training may see, UTC.", "by shares"),
-    "train_share": _option(float, "Share of the rows to train on.", "0.7"),
-    "val_share": _option(float, "Share of the rows to validate on; the rest is test.", "0.15"),
-    "tables_path": _option(Path, "Folder of the tables.", "data/splits/{asset}_{timeframe}", name="--output-path"),
-    "features": _option(str, "Features to try, with commas between.", "all that are registered"),
-    "probes": _option(str, "Probes to run, with commas between.", "all"),
-    "tables_folder": _option(Path, "Try the tables that `data` left here.", "tables made in memory", name="--tables"),
-    "report": _option(Path, "JSON file for the findings."),
+    "bars_start": option(str, "No bar opens before, UTC.", "the first bar", name="--start"),
+    "bars_end": option(str, "Every bar has closed by then, UTC.", "the last bar", name="--end"),
+    "horizons": option(str, "Bars ahead, a set of labels each.", "1,5,20"),
+    "labels": option(str, "triple_barrier or forward_return.", "triple_barrier"),
+    "profit_taking": option(float, "Upper barrier, in units of volatility.", "1.0"),
+    "stop_loss": option(float, "Lower barrier, in units of volatility.", "1.0"),
+    "volatility_window": option(int, "Bars in which the barriers' unit is measured.", "100"),
+    "weighting": option(str, "What makes a row count: uniqueness or return_attribution.", "uniqueness"),
+    "oldest_weight": option(float, "Factor of the oldest row's weight; 1 is no decay.", "1.0"),
+    "train_end": option(str, "The last moment that training may see, UTC.", "by shares"),
+    "train_share": option(float, "Share of the rows to train on.", "0.7"),
+    "val_share": option(float, "Share of the rows to validate on; the rest is test.", "0.15"),
+    "tables_path": option(Path, "Folder of the tables.", "data/splits/{asset}_{timeframe}", name="--output-path"),
+    "features": option(str, "Features to try, with commas between.", "all that are registered"),
+    "probes": option(str, "Probes to run, with commas between.", "all"),
+    "tables_folder": option(Path, "Try the tables that `data` left here.", "tables made in memory", name="--tables"),
+    "report": option(Path, "JSON file for the findings."),
 }
 
 # %% ../nbs/59_options.ipynb #dcdf5c18
 _RUN = {
-    "model_name": _option(str, "gru, lstm, rnn, transformer, tcn, nbeats, nhits, tide, ..., linear.", "gru"),
-    "end_date": _option(str, "The last moment tuning and training may see, UTC, e.g. 2023-01-01."),
-    "target_col": _option(str, "log_return, close or log_close; of --splits return or label.", "log_return"),
-    "feature_groups": _option(str, "Features by way of scaling: JSON or a YAML file.", "as in config/train.yaml"),
-    "horizon": _option(int, "Bars ahead.", "1"),
-    "device": _option(str, "Where networks train: auto, cpu or cuda.", "auto"),
-    "precision": _option(str, "Of a network's arithmetic: auto, 32, mixed, bf16 or 16.", "auto"),
-    "config": _option(Path, "YAML file of settings, as config/train.yaml; typed options win."),
-    "exact": _flag("--exact", "Train recurrent networks with PyTorch's own layers, slower by half or more."),
-    "train_stride": _option(int, "Bars from one training window to the next.", "1"),
-    "max_samples_per_epoch": _option(int, "Windows drawn anew for each epoch.", "all"),
-    "growing_epochs": _flag(
-        "--growing-epochs", "Begin with an eighth of the windows; every epoch takes twice as many."
-    ),
-    "ensemble": _option(Path, "manifest.json of an ensemble, judged in place of a single model."),
-    "splits": _option(Path, "Labelled tables that `data` left; they also say asset, timeframe, features and end date."),
-    "output_path": _option(Path, "Folder of the results.", "the working folder"),
-    "no_report": _flag("--no-report", "Call the functions alone, no notebook."),
+    "model_name": option(str, "gru, lstm, rnn, transformer, tcn, nbeats, nhits, tide, ..., linear.", "gru"),
+    "end_date": option(str, "The last moment tuning and training may see, UTC, e.g. 2023-01-01."),
+    "target_col": option(str, "log_return, close or log_close; of --splits return or label.", "log_return"),
+    "feature_groups": option(str, "Features by way of scaling: JSON or a YAML file.", "as in config/train.yaml"),
+    "horizon": option(int, "Bars ahead.", "1"),
+    "device": option(str, "Where networks train: auto, cpu or cuda.", "auto"),
+    "precision": option(str, "Of a network's arithmetic: auto, 32, mixed, bf16 or 16.", "auto"),
+    "config": option(Path, "YAML file of settings, as config/train.yaml; typed options win."),
+    "exact": flag("--exact", "Train recurrent networks with PyTorch's own layers, slower by half or more."),
+    "train_stride": option(int, "Bars from one training window to the next.", "1"),
+    "max_samples_per_epoch": option(int, "Windows drawn anew for each epoch.", "all"),
+    "growing_epochs": flag("--growing-epochs", "Begin with an eighth of the windows; every epoch takes twice as many."),
+    "ensemble": option(Path, "manifest.json of an ensemble, judged in place of a single model."),
+    "splits": option(Path, "Labelled tables that `data` left; they also say asset, timeframe, features and end date."),
+    "output_path": option(Path, "Folder of the results.", "the working folder"),
+    "no_report": flag("--no-report", "Call the functions alone, no notebook."),
 }
 _TRAIN = {
-    "params_file": _option(Path, "What tune wrote; it also says timeframe, target, horizon and features."),
-    "n_epochs": _option(int, "Epochs.", "as early stopping found in tune"),
+    "params_file": option(Path, "What tune wrote; it also says timeframe, target, horizon and features."),
+    "n_epochs": option(int, "Epochs.", "as early stopping found in tune"),
 }
 
 # %% ../nbs/59_options.ipynb #b83c0ed2
 _TUNE = {
-    "n_trials": _option(int, "The study's budget of finished trials; only what is left of it is run.", "100"),
-    "timeout": _option(float, "Seconds after which no new trial begins."),
-    "study_name": _option(str, "Of model, asset, timeframe, target and horizon if none."),
-    "optuna_schema": _option(str, "PostgreSQL schema of the studies, made if absent.", "optuna"),
-    "folds": _option(int, "Walk-forward folds.", "5"),
-    "val_length": _option(int, "Rows of a fold's validation window.", "from the data's size"),
-    "train_window": _option(str, "How a fold's training rows grow: expanding or rolling.", "expanding"),
-    "embargo": _option(int, "Rows left out between training and validation, beyond the purged.", "0"),
-    "max_epochs": _option(int, "The most epochs of a fit.", "30"),
-    "patience": _option(int, "Epochs without a better validation loss before a fit stops.", "5"),
+    "n_trials": option(int, "The study's budget of finished trials; only what is left of it is run.", "100"),
+    "timeout": option(float, "Seconds after which no new trial begins."),
+    "study_name": option(str, "Of model, asset, timeframe, target and horizon if none."),
+    "optuna_schema": option(str, "PostgreSQL schema of the studies, made if absent.", "optuna"),
+    "folds": option(int, "Walk-forward folds.", "5"),
+    "val_length": option(int, "Rows of a fold's validation window.", "from the data's size"),
+    "train_window": option(str, "How a fold's training rows grow: expanding or rolling.", "expanding"),
+    "embargo": option(int, "Rows left out between training and validation, beyond the purged.", "0"),
+    "max_epochs": option(int, "The most epochs of a fit.", "30"),
+    "patience": option(int, "Epochs without a better validation loss before a fit stops.", "5"),
 }
 
 # %% ../nbs/59_options.ipynb #102d65e8
 _VALIDATION = {
-    "n_splits": _option(int, "Folds.", "5"),
-    "n_groups": _option(int, "Groups of rows, in time.", "6"),
-    "n_test_groups": _option(int, "Groups that a fold tests.", "2"),
-    "first_train_share": _option(float, "Share of the rows before the first forecast.", "0.5"),
-    "refit_every": _option(int, "Rows between two fits.", "a twentieth of the tested rows"),
+    "n_splits": option(int, "Folds.", "5"),
+    "n_groups": option(int, "Groups of rows, in time.", "6"),
+    "n_test_groups": option(int, "Groups that a fold tests.", "2"),
+    "first_train_share": option(float, "Share of the rows before the first forecast.", "0.5"),
+    "refit_every": option(int, "Rows between two fits.", "a twentieth of the tested rows"),
 }
 
 # %% ../nbs/59_options.ipynb #f8b52d13
 _EVALUATION = {
-    "schemes": _option(str, "Cross-validations, with commas between: cv, walk-forward, cpcv.", "all three"),
-    "fee": _option(float, "Share of the traded amount, on each side; 0.001 is 10 basis points.", "0.001"),
-    "level": _option(float, "How often chance may be taken for skill.", "0.05"),
-    "importance_repeats": _option(int, "Moves of each input for its importance; 0 leaves that out.", "5"),
+    "schemes": option(str, "Cross-validations, with commas between: cv, walk-forward, cpcv.", "all three"),
+    "fee": option(float, "Share of the traded amount, on each side; 0.001 is 10 basis points.", "0.001"),
+    "level": option(float, "How often chance may be taken for skill.", "0.05"),
+    "importance_repeats": option(int, "Moves of each input for its importance; 0 leaves that out.", "5"),
 }
 
 # %% ../nbs/59_options.ipynb #5c81e0da
 _ENSEMBLE = {
-    "models": _option(str, "Tuned models, with commas between; gru@ETH is one of another asset."),
-    "params_files": _option(str, "What tune wrote for each, in that order.", "{model}_{asset}_best_params.json"),
-    "method": _option(str, "How forecasts are combined: voting, stacking or blending.", "stacking"),
-    "weighting": _option(str, "Of voting: mean, median or inverse_error.", "mean"),
-    "penalty": _option(float, "Of stacking: 1 / the share of variance that a model may explain.", "100.0"),
-    "holdout_share": _option(float, "Of blending: share of the rows before the judged ones.", "0.5"),
-    "scheme": _option(str, "How the ensemble is judged: cv, walk-forward or cpcv.", "cv"),
-    "name": _option(str, "Of the ensemble.", "its method"),
+    "models": option(str, "Tuned models, with commas between; gru@ETH is one of another asset."),
+    "params_files": option(str, "What tune wrote for each, in that order.", "{model}_{asset}_best_params.json"),
+    "method": option(str, "How forecasts are combined: voting, stacking or blending.", "stacking"),
+    "weighting": option(str, "Of voting: mean, median or inverse_error.", "mean"),
+    "penalty": option(float, "Of stacking: 1 / the share of variance that a model may explain.", "100.0"),
+    "holdout_share": option(float, "Of blending: share of the rows before the judged ones.", "0.5"),
+    "scheme": option(str, "How the ensemble is judged: cv, walk-forward or cpcv.", "cv"),
+    "name": option(str, "Of the ensemble.", "its method"),
 }
 
 # %% ../nbs/59_options.ipynb #75dd0b70
 _OWN = "that of --forecasts"
 _AUDIT = {
-    "audited_asset": _option(str, "Instrument, as you named it at ingest, e.g. BTC.", _OWN, name="--asset-id"),
-    "audited_timeframe": _option(str, "Length of a bar, e.g. 15m, 1h, 4h, 1d.", _OWN, name="--timeframe"),
-    "forecasts": _option(Path, "Parquet file of Forecasts, such as test_forecasts.parquet of `evaluate`."),
+    "audited_asset": option(str, "Instrument, as you named it at ingest, e.g. BTC.", _OWN, name="--asset-id"),
+    "audited_timeframe": option(str, "Length of a bar, e.g. 15m, 1h, 4h, 1d.", _OWN, name="--timeframe"),
+    "forecasts": option(Path, "Parquet file of Forecasts, such as test_forecasts.parquet of `evaluate`."),
 }
 
 # %% ../nbs/59_options.ipynb #7cbb97b3
 _ACCOUNT = {
-    "capital": _option(float, "Cash at the start, in the quote asset.", "10000"),
-    "account_market": _option(str, "spot or perpetual.", "as the database has the asset", name="--market"),
-    "maker_fee": _option(float, "Share of the traded amount, where an order rested in the book.", "0.001"),
-    "taker_fee": _option(float, "Share of the traded amount, where it did not.", "0.001"),
-    "half_spread": _option(float, "Half of the spread, as a share of the price.", "0.0001"),
-    "slippage": _option(float, "Share of the price.", "0"),
-    "slippage_volatility": _option(float, "Slippage, times the known volatility of a bar.", "0"),
-    "slippage_volume": _option(float, "Slippage, times the squared share of the bar's volume.", "0"),
-    "volume_limit": _option(float, "Largest share of a bar's volume that is filled.", "none"),
-    "borrow_rate": _option(float, "Yearly interest on borrowed units and cash; without it spot is never short."),
-    "leverage": _option(float, "Largest value of the positions, in equities.", "1"),
-    "maintenance_margin": _option(float, "Share of the positions below which all is closed.", "0.005"),
-    "liquidation_fee": _option(float, "Share of what is closed then.", "0.005"),
-    "min_notional": _option(float, "Smallest order, in the quote asset.", "0"),
-    "tick": _option(float, "Step of prices; 0 is none.", "0"),
-    "lot": _option(float, "Step of amounts; 0 is none.", "0"),
-    "delay": _option(int, "Further bars between a decision and its order.", "0"),
+    "capital": option(float, "Cash at the start, in the quote asset.", "10000"),
+    "account_market": option(str, "spot or perpetual.", "as the database has the asset", name="--market"),
+    "maker_fee": option(float, "Share of the traded amount, where an order rested in the book.", "0.001"),
+    "taker_fee": option(float, "Share of the traded amount, where it did not.", "0.001"),
+    "half_spread": option(float, "Half of the spread, as a share of the price.", "0.0001"),
+    "slippage": option(float, "Share of the price.", "0"),
+    "slippage_volatility": option(float, "Slippage, times the known volatility of a bar.", "0"),
+    "slippage_volume": option(float, "Slippage, times the squared share of the bar's volume.", "0"),
+    "volume_limit": option(float, "Largest share of a bar's volume that is filled.", "none"),
+    "borrow_rate": option(float, "Yearly interest on borrowed units and cash; without it spot is never short."),
+    "leverage": option(float, "Largest value of the positions, in equities.", "1"),
+    "maintenance_margin": option(float, "Share of the positions below which all is closed.", "0.005"),
+    "liquidation_fee": option(float, "Share of what is closed then.", "0.005"),
+    "min_notional": option(float, "Smallest order, in the quote asset.", "0"),
+    "tick": option(float, "Step of prices; 0 is none.", "0"),
+    "lot": option(float, "Step of amounts; 0 is none.", "0"),
+    "delay": option(int, "Further bars between a decision and its order.", "0"),
 }
 
 # %% ../nbs/59_options.ipynb #56ea0b7f
 _STRATEGY = {
-    "trade_by": _option(str, "return, probability, rank or cross_rank.", "return", name="--signal"),
-    "entry": _option(float, "Return that a position must promise beyond its costs.", "0"),
-    "entry_probability": _option(float, "Probability above which a side is taken.", "0.5"),
-    "entry_rank": _option(float, "Rank above which a side is taken.", "0.8"),
-    "rank_history": _option(int, "Past forecasts that a rank needs.", "100"),
-    "hysteresis": _option(float, "How far a signal may fall below its entry and be kept.", "0"),
-    "holding": _option(int, "Bars that a position is held at least.", "1"),
-    "leave": _option(str, "What ends a position: signal, or horizon unless it is renewed there.", "signal"),
-    "side": _option(str, "Sides that are taken: both, long or short.", "both, if the account may be short"),
-    "stop_at": _option(float, "Loss at which a position is closed, as a share of its price."),
-    "take_profit_at": _option(float, "Profit at which it is closed."),
-    "trail_by": _option(float, "Fall from the best price at which it is closed."),
-    "sizing": _option(str, "What decides the size of a position: fixed, volatility or kelly.", "fixed"),
-    "fraction": _option(float, "Share of equity of a position of fixed size, an asset.", "an equal part each"),
-    "target_volatility": _option(float, "Annual volatility that a position is to have.", "0.2"),
-    "sizing_window": _option(int, "Past bars that tell the volatility.", "30", name="--volatility-window"),
-    "kelly_share": _option(float, "Part of Kelly's share that is taken.", "0.5"),
-    "largest_fraction": _option(float, "Most that volatility or Kelly may ask for.", "1"),
+    "trade_by": option(str, "return, probability, rank or cross_rank.", "return", name="--signal"),
+    "entry": option(float, "Return that a position must promise beyond its costs.", "0"),
+    "entry_probability": option(float, "Probability above which a side is taken.", "0.5"),
+    "entry_rank": option(float, "Rank above which a side is taken.", "0.8"),
+    "rank_history": option(int, "Past forecasts that a rank needs.", "100"),
+    "hysteresis": option(float, "How far a signal may fall below its entry and be kept.", "0"),
+    "holding": option(int, "Bars that a position is held at least.", "1"),
+    "leave": option(str, "What ends a position: signal, or horizon unless it is renewed there.", "signal"),
+    "side": option(str, "Sides that are taken: both, long or short.", "both, if the account may be short"),
+    "stop_at": option(float, "Loss at which a position is closed, as a share of its price."),
+    "take_profit_at": option(float, "Profit at which it is closed."),
+    "trail_by": option(float, "Fall from the best price at which it is closed."),
+    "sizing": option(str, "What decides the size of a position: fixed, volatility or kelly.", "fixed"),
+    "fraction": option(float, "Share of equity of a position of fixed size, an asset.", "an equal part each"),
+    "target_volatility": option(float, "Annual volatility that a position is to have.", "0.2"),
+    "sizing_window": option(int, "Past bars that tell the volatility.", "30", name="--volatility-window"),
+    "kelly_share": option(float, "Part of Kelly's share that is taken.", "0.5"),
+    "largest_fraction": option(float, "Most that volatility or Kelly may ask for.", "1"),
 }
 
 # %% ../nbs/59_options.ipynb #aaf80d2b
 _BACKTEST = {
-    "in_sample": _flag("--in-sample", "Trade rows that the model has seen, and mark every figure."),
-    "seen_until": _option(str, "The last moment that was seen, where no manifest says it."),
-    "n_shuffles": _option(int, "Twins whose forecasts stand at another time.", "50"),
-    "threads": _option(int, "Threads; -1 is one a core.", "1", name="--n-jobs"),
-    "results_path": _option(Path, "Holds the results' folder.", "above that of the forecasts", name="--output-path"),
-    "no_sensitivity": _flag("--no-sensitivity", "Leave out the runs over fees, slippage, delay and threshold."),
+    "in_sample": flag("--in-sample", "Trade rows that the model has seen, and mark every figure."),
+    "seen_until": option(str, "The last moment that was seen, where no manifest says it."),
+    "n_shuffles": option(int, "Twins whose forecasts stand at another time.", "50"),
+    "threads": option(int, "Threads; -1 is one a core.", "1", name="--n-jobs"),
+    "results_path": option(Path, "Holds the results' folder.", "above that of the forecasts", name="--output-path"),
+    "no_sensitivity": flag("--no-sensitivity", "Leave out the runs over fees, slippage, delay and threshold."),
 }
 
 # %% ../nbs/59_options.ipynb #68e27643
 _WORKERS = {
-    "early_stopping_on": _option(
+    "early_stopping_on": option(
         str, "Whose loss stops a fit: the fold's, or an inner tail of its training rows.", "fold"
     ),
-    "n_jobs": _option(int, "Worker processes; -1 is one a core.", "1"),
-    "pruner": _option(
+    "n_jobs": option(int, "Worker processes; -1 is one a core.", "1"),
+    "pruner": option(
         str,
         "What ends bad trials early: none, median, successive_halving, hyperband, wilcoxon, progressive.",
         "successive_halving",
     ),
-    "deterministic": _flag("--deterministic", "Suggest in rounds, so that any number of workers gives the same study."),
-    "dask_scheduler": _option(str, "Run the workers on the Dask cluster of that scheduler, e.g. tcp://10.0.0.1:8786."),
-    "gpus": _option(int, "Cards that the worker processes share, several on one if there are more workers."),
+    "deterministic": flag("--deterministic", "Suggest in rounds, so that any number of workers gives the same study."),
+    "dask_scheduler": option(str, "Run the workers on the Dask cluster of that scheduler, e.g. tcp://10.0.0.1:8786."),
+    "gpus": option(int, "Cards that the worker processes share, several on one if there are more workers."),
 }
 _DASHBOARD = {
-    "folder": _option(Path, "Folder with an optuna.db, e.g. reports/BTC/1d.", "the working folder"),
-    "host": _option(str, "Address to listen at.", "127.0.0.1"),
-    "port": _option(int, "Port to listen at.", "8080"),
+    "folder": option(Path, "Folder with an optuna.db, e.g. reports/BTC/1d.", "the working folder"),
+    "host": option(str, "Address to listen at.", "127.0.0.1"),
+    "port": option(int, "Port to listen at.", "8080"),
 }
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
-OPTIONS: dict[str, Any] = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD
+OPTIONS: dict[str, Any] = (
+    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | INFERENCE
+)
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import pandas as pd
 
-from kallos.core.schemas import TIMEFRAMES
+from kallos.core.columns import TIMEFRAMES
 
 MAX_ROWS = {"api": 1000, "fapi": 1500}  # candles an answer
 

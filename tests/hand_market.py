@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from kallos.core.schemas import timeframe_delta
+from kallos.core.columns import timeframe_delta
 from kallos.evaluation.simulation import AccountSettings, simulate
 
 START = pd.Timestamp("2024-01-01", tz="UTC")

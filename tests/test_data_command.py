@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kallos.core.columns import timeframe_delta
 from kallos.core.errors import ArtifactError, ConfigError, DataError
 from kallos.core.runs import file_hash, verify_manifest
-from kallos.core.schemas import LABELS, check_table, timeframe_delta
+from kallos.core.schemas import LABELS, check_table
 from kallos.data.bars import check_bars
 from kallos.data.features import registered
 from kallos.data.labels import make_labels

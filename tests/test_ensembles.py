@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from sklearn.neighbors import KNeighborsRegressor
 
+from kallos.core.columns import NAIVE_PROBABILITIES, PROBABILITIES
 from kallos.core.errors import ArtifactError
 from kallos.core.metrics import skill
 from kallos.core.runs import read_json, verify_manifest, write_json
-from kallos.core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
 from kallos.data.features import compute_features
 from kallos.data.purged import CombinatorialPurgedCV, PurgedKFold
 from kallos.data.sample import sample_bars

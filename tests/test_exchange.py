@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from exchange_server import ExchangeServer, Listing, candles, serving
 
+from kallos.core.columns import BAR_COLUMNS
 from kallos.core.errors import ConfigError, DataError
-from kallos.core.schemas import BAR_COLUMNS
 from kallos.data.assets import list_assets
 from kallos.data.bars import gap_map
 from kallos.data.exchange import ExchangeError, Pace, Patience, open_exchange

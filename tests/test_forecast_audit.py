@@ -12,8 +12,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
+from kallos.core.columns import NAIVE_PROBABILITIES, PROBABILITIES
 from kallos.core.errors import DataError, KallosError
-from kallos.core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
 from kallos.data.features import compute_features
 from kallos.data.labels import make_labels
 from kallos.data.sample import sample_bars

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, feather, parquet
 
+from kallos.core.columns import BAR_COLUMNS, PRICE_COLUMNS
 from kallos.core.errors import DataError
-from kallos.core.schemas import BAR_COLUMNS, PRICE_COLUMNS
 from kallos.data import files
 from kallos.data.assets import list_assets
 from kallos.data.bars import gap_map, resample_bars, segment_ids

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from sklearn.model_selection import KFold, TimeSeriesSplit
 
+from kallos.core.columns import timeframe_delta
 from kallos.core.errors import ConfigError, DataError
 from kallos.core.runs import write_json
-from kallos.core.schemas import timeframe_delta
 from kallos.data.features import Feature, compute_features, register, registered, unregister
 from kallos.data.files import read_bars_file
 from kallos.data.labels import make_labels

@@ -13,8 +13,9 @@ from scipy.stats import beta
 from sklearn import metrics as peer
 
 from kallos.core.classification import CLASSES, brier_losses, calibration_error, calibration_table, score_classes
+from kallos.core.columns import FORECAST_KEYS, NAIVE_PROBABILITIES, PROBABILITIES
 from kallos.core.metrics import score_forecasts, sign_strategy_returns
-from kallos.core.schemas import FORECAST_KEYS, FORECASTS, NAIVE_PROBABILITIES, PROBABILITIES, check_table
+from kallos.core.schemas import FORECASTS, check_table
 from kallos.evaluation.conformal import conformal_intervals, conformal_quantile, coverage
 from kallos.evaluation.multiple_testing import bets_per_year, strategy_returns
 from kallos.evaluation.verdict import judge

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kallos.core.columns import BAR_COLUMNS, PRICE_COLUMNS
 from kallos.core.errors import DataError
-from kallos.core.schemas import BAR_COLUMNS, BARS, PRICE_COLUMNS, check_table
+from kallos.core.schemas import BARS, check_table
 from kallos.data.bars import check_bars, resample_bars
 from kallos.data.files import read_raw
 from kallos.data.findings import RepairReport

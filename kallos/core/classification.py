@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from .columns import FORECAST_KEYS, NAIVE_PROBABILITIES, PROBABILITIES
 from .errors import DataError
-from .schemas import FORECAST_KEYS, NAIVE_PROBABILITIES, PROBABILITIES
 
 # %% ../../nbs/core/05b_classification.ipynb #3f037547
 CLASSES = (-1, 0, 1)

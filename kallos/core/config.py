@@ -26,8 +26,8 @@ from pydantic import (
     model_validator,
 )
 
+from .columns import timeframe_delta
 from .errors import ConfigError, DataError
-from .schemas import timeframe_delta
 
 # %% ../../nbs/core/02_config.ipynb #c796c263
 def project_root(

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from .columns import FORECAST_KEYS
 from .errors import DataError
-from .schemas import FORECAST_KEYS
 
 # %% ../../nbs/core/05_metrics.ipynb #9222eb4d
 def rmse(

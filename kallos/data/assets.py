@@ -11,8 +11,8 @@ import re
 import pandas as pd
 import sqlalchemy as sa
 
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import timeframe_delta
 from .database import reading
 from .tables import ASSETS, BARS, FEATURES, METADATA
 

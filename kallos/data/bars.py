@@ -11,8 +11,8 @@ from datetime import date, datetime
 import numpy as np
 import pandas as pd
 
+from ..core.columns import BAR_COLUMNS, length_name, timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, BARS, check_table, length_name, timeframe_delta
 
 # %% ../../nbs/data/10_bars.ipynb #2a05c858
 def to_utc(
@@ -127,6 +127,8 @@ def check_bars(
     what: str,  # names the table's origin in the error, e.g. a file name
 ) -> pd.DataFrame:
     """The bars as float64, in the schema's order, rows counted from 0; DataError that names the first faults."""
+    from kallos.core.schemas import BARS, check_table  # here, because resampling has no use for pandera
+
     table = _typed(bars, what)
     _check_order(table, what)
     check_table(table, BARS, what=what)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.columns import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, timeframe_delta
 from ..core.errors import ConfigError
-from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, timeframe_delta
 from .indicators import Columns
 
 # %% ../../nbs/data/12g_causal.ipynb #71231dc8

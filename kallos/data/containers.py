@@ -18,8 +18,8 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 from pyarrow import ipc, parquet
 
+from ..core.columns import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 from .sources import column_of
 from .streams import JsonRows, broken_file, open_bytes
 

@@ -9,7 +9,7 @@ __all__ = ['copies', 'settle', 'poorer_printing', 'earlier_version']
 import numpy as np
 import pandas as pd
 
-from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
+from ..core.columns import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 from .rules import ROUNDING
 
 # %% ../../nbs/data/10c_duplicates.ipynb #3046cfcc

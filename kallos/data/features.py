@@ -17,8 +17,8 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
+from ..core.columns import BAR_COLUMNS, PRICE_COLUMNS, TIMEFRAMES, timeframe_delta
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import BAR_COLUMNS, PRICE_COLUMNS, TIMEFRAMES, timeframe_delta
 from . import indicators
 from .bars import resample_bars, to_utc
 from .causal import Market, Values, latest_closed, lay_over, market_of

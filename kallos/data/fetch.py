@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import sqlalchemy as sa
 
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError, KallosError
-from ..core.schemas import timeframe_delta
 from .bars import to_utc
 from .database import reading
 from .exchange import open_exchange

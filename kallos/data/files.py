@@ -18,8 +18,8 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import ipc
 
+from ..core.columns import timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import timeframe_delta
 from .containers import ENDINGS, Part
 from .readings import RAW_TYPES, Tally, as_raw, concluded, open_tables, read_rows
 from .repair import repair_bars

@@ -12,8 +12,8 @@ from html import escape
 
 import pandas as pd
 
+from ..core.columns import OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 from ..core.errors import DataError
-from ..core.schemas import OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 from .rules import RULES
 
 # %% ../../nbs/data/10d_findings.ipynb #33b5d051

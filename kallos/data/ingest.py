@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 import sqlalchemy as sa
 
+from ..core.columns import TIMEFRAMES
 from ..core.errors import ConfigError, DataError
 from ..core.runs import read_json, write_json
-from ..core.schemas import TIMEFRAMES
 from .files import Progress, find_files, stream_raw, symbols_of
 from .findings import RepairReport
 from .merging import WriteReport

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import timeframe_delta
 from .barriers import Barriers, Outcome, barrier_unit, forward_return, triple_barrier, unbroken_runs
 from .weights import Weighting, sample_weights
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..core.schemas import BAR_COLUMNS
+from ..core.columns import BAR_COLUMNS
 from .findings import RepairReport
 
 # %% ../../nbs/data/10f_ledger.ipynb #676afdea

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
-from ..core.schemas import BAR_COLUMNS
+from ..core.columns import BAR_COLUMNS
 from .bulk import fetch_rows, insert_rows, milliseconds, upsert_rows
 from .duplicates import earlier_version, poorer_printing
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..core.columns import BAR_COLUMNS, TIMEFRAMES, timeframe_delta
 from ..core.errors import ConfigError
-from ..core.schemas import BAR_COLUMNS, TIMEFRAMES, timeframe_delta
 from .exchange import ExchangeError, ask
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ..core.columns import BAR_COLUMNS
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS
 from .cells import read_numbers, read_stamps
 from .containers import Part, open_parts
 from .sources import Recognised, recognise

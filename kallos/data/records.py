@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
+from ..core.columns import OPTIONAL_BAR_COLUMNS
 from ..core.errors import DataError
-from ..core.schemas import OPTIONAL_BAR_COLUMNS
 from .assets import claim_asset
 from .bars import to_utc
 from .bulk import fetch_rows, insert_rows, milliseconds

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import sqlalchemy as sa
 
+from ..core.columns import BAR_COLUMNS
 from ..core.errors import ConfigError, KallosError
-from ..core.schemas import BAR_COLUMNS
 from .features import compute_features, registered
 from .store import bar_changes, read_bars, stale_from, stored_features, write_features
 

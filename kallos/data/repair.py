@@ -13,8 +13,8 @@ from itertools import chain, pairwise
 import numpy as np
 import pandas as pd
 
+from ..core.columns import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS, timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS, timeframe_delta
 from .bars import gap_map, off_grid, to_utc
 from .duplicates import copies, settle
 from .findings import RepairReport, check_not_faulty

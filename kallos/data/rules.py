@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ..core.schemas import OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
+from ..core.columns import OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 
 # %% ../../nbs/data/10b_rules.ipynb #a8d00b51
 @dataclass(frozen=True)

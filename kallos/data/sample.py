@@ -11,8 +11,8 @@ from itertools import accumulate
 import numpy as np
 import pandas as pd
 
+from ..core.columns import BAR_COLUMNS, bars_per_year, timeframe_delta
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import BAR_COLUMNS, bars_per_year, timeframe_delta
 from .bars import check_bars, to_utc
 
 # %% ../../nbs/data/11a_sample.ipynb #a1b1d4d8

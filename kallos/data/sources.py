@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ..core.columns import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, OPTIONAL_BAR_COLUMNS, PRICE_COLUMNS
 from .cells import read_numbers, read_stamps
 
 # %% ../../nbs/data/11_sources.ipynb #d15861f5

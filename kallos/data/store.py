@@ -15,8 +15,8 @@ from datetime import date
 import pandas as pd
 import sqlalchemy as sa
 
+from ..core.columns import BAR_COLUMNS, timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, timeframe_delta
 from .assets import claim_asset, delete_asset, nothing_found
 from .bars import to_utc
 from .bulk import fetch_rows, insert_rows

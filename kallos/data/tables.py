@@ -8,8 +8,8 @@ __all__ = ['METADATA', 'ASSETS', 'BARS', 'FEATURES', 'SERIES', 'FUNDING', 'QUARA
 # %% ../../nbs/data/11f_tables.ipynb #c0745a0d
 import sqlalchemy as sa
 
+from ..core.columns import BAR_COLUMNS
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS
 from .database import Database, UtcTime, open_engine, reading, redact, to_url, writing
 
 # %% ../../nbs/data/11f_tables.ipynb #511a8154

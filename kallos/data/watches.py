@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from ..core.columns import PRICE_COLUMNS, length_name, timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import PRICE_COLUMNS, length_name, timeframe_delta
 from .findings import EXAMPLES, Findings
 
 # %% ../../nbs/data/10e_watches.ipynb #329ff6c4

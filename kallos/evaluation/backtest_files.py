@@ -21,9 +21,9 @@ from matplotlib.ticker import LogLocator
 from plotly.offline import get_plotlyjs
 
 from ..core import backtest_plots as plots
+from ..core.columns import bars_per_year
 from ..core.plots import MARK, MODEL, NAIVE, OKABE_ITO, TIME, TRUTH
 from ..core.runs import atomic_write, write_json
-from ..core.schemas import bars_per_year
 from .performance import cost_breakdown, equity_curve, monthly_returns, rolling_sharpe, underwater
 
 # %% ../../nbs/evaluation/36b_backtest_files.ipynb #21429a26

@@ -16,10 +16,10 @@ from typing import Any
 import joblib
 import pandas as pd
 
+from ..core.columns import bars_per_year
 from ..core.config import as_parameters
 from ..core.errors import DataError
 from ..core.runs import derive_seed, fingerprint, write_manifest
-from ..core.schemas import bars_per_year
 from .backtest_files import write_backtest
 from kallos.evaluation.backtest_settings import (
     BacktestSettings,

@@ -15,9 +15,10 @@ import pandas as pd
 import sqlalchemy as sa
 from pydantic import Field
 
+from ..core.columns import timeframe_delta
 from ..core.config import Workers, find_file
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import FORECASTS, check_table, timeframe_delta
+from ..core.schemas import FORECASTS, check_table
 from ..data.assets import list_assets
 from ..data.records import read_funding
 from ..data.store import read_bars

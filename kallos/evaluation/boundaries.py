@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, clone
 
+from ..core.columns import timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import timeframe_delta
 from .causality import FORGOTTEN, ROUNDING, compare, scale_of
 from .findings import Finding, Probe
 

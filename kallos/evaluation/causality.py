@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from ..core.columns import BAR_COLUMNS, timeframe_delta
 from ..core.errors import DataError, KallosError
-from ..core.schemas import BAR_COLUMNS, timeframe_delta
 from .findings import Finding, Probe, merge
 
 Compute = Callable[[pd.DataFrame], pd.DataFrame]  # bars -> a table with `ts` (when a row is known) and columns

@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, RobustScaler
 
-from ..core.schemas import BAR_COLUMNS, timeframe_delta
+from ..core.columns import BAR_COLUMNS, timeframe_delta
 from ..data.bars import segment_ids
 from ..data.sample import sample_bars
 from ..data.splits import WalkForwardSplit

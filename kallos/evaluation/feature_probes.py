@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from ..core.columns import OPTIONAL_BAR_COLUMNS, timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import OPTIONAL_BAR_COLUMNS, timeframe_delta
 from ..data.bars import segment_ids
 from ..data.features import bounds_of, compute_features, feature_info, registered
 from kallos.evaluation.causality import (

@@ -14,8 +14,9 @@ import pandas as pd
 import sqlalchemy as sa
 from scipy.stats import f as f_distribution
 
+from ..core.columns import timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import FORECASTS, check_table, timeframe_delta
+from ..core.schemas import FORECASTS, check_table
 from ..data.bars import segment_ids
 from ..data.features import compute_features
 from ..data.store import read_bars

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import timeframe_delta
 from ..data.features import GROUPS, compute_features, group_of, registered
 from ..data.labels import make_labels
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold

@@ -15,8 +15,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 from numba import njit
 
+from ..core.columns import timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import timeframe_delta
 from .backtest import run_engine
 from .books import Books
 from .ledger import check_books, make_trades

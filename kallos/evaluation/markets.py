@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
+from ..core.columns import PRICE_COLUMNS, timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import PRICE_COLUMNS, timeframe_delta
 from .books import Market, frozen
 
 # %% ../../nbs/evaluation/34_markets.ipynb #9a3527f8

@@ -17,10 +17,10 @@ import pandas as pd
 from optuna.trial import TrialState
 
 # %% ../../nbs/evaluation/32c_multiple_testing.ipynb #c8a3dd73
+from ..core.columns import bars_per_year, timeframe_delta
 from ..core.config import TuneSettings, study_name
 from ..core.errors import DataError
 from ..core.metrics import sharpe, sign_strategy_returns
-from ..core.schemas import bars_per_year, timeframe_delta
 from kallos.evaluation.overfitting import (
     Deflated,
     TrackRecord,

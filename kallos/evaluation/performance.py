@@ -13,8 +13,8 @@ import empyrical
 import numpy as np
 import pandas as pd
 
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import timeframe_delta
 from .overfitting import TrackRecord, deflated_sharpe, probabilistic_sharpe
 
 # %% ../../nbs/evaluation/36_performance.ipynb #a6f3a2db

@@ -21,8 +21,8 @@ from scipy.optimize import brentq
 from tqdm import tqdm
 
 # %% ../../nbs/evaluation/38_sensitivity.ipynb #80a9cc49
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError
-from ..core.schemas import timeframe_delta
 from .ledger import make_trades
 from .many import summarize
 from .signals import check_tradable

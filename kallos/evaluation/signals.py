@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError, DataError
 from ..core.metrics import forecast_prices
-from ..core.schemas import timeframe_delta
 
 # %% ../../nbs/evaluation/34d_signals.ipynb #4b071652
 _ONE = ["timeframe", "model", "horizon", "target"]

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from ..core.columns import timeframe_delta
 from ..core.config import Settings
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import timeframe_delta
 
 # %% ../../nbs/evaluation/34c_simulation.ipynb #421d97bd
 from .backtest import run_engine

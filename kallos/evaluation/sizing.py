@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 # %% ../../nbs/evaluation/34e_sizing.ipynb #80cc92d1
+from ..core.columns import bars_per_year, timeframe_delta
 from ..core.config import Settings
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import bars_per_year, timeframe_delta
 from .signals import expected_return
 
 # %% ../../nbs/evaluation/34e_sizing.ipynb #cac7274d

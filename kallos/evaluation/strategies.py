@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike
 from pydantic import Field, model_validator
 
 # %% ../../nbs/evaluation/35_strategies.ipynb #848c9e5e
+from ..core.columns import timeframe_delta
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import check_table, timeframe_delta
+from ..core.schemas import check_table
 from kallos.evaluation.signals import (
     cross_rank_signal,
     probability_signal,

@@ -9,7 +9,7 @@ __all__ = ['buy_and_hold', 'naive_twin', 'shuffled_twin']
 import numpy as np
 import pandas as pd
 
-from ..core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
+from ..core.columns import NAIVE_PROBABILITIES, PROBABILITIES
 from .signals import expected_return
 
 # %% ../../nbs/evaluation/38c_twins.ipynb #0f1fefe4

@@ -16,10 +16,10 @@ import joblib
 import numpy as np
 import pandas as pd
 
+from ..core.columns import timeframe_delta
 from ..core.config import find_file
 from ..core.errors import ArtifactError, ConfigError, DataError
 from ..core.runs import verify_manifest
-from ..core.schemas import timeframe_delta
 from ..data.bars import segment_ids
 from .partition import PARTS, DataSettings
 from .preprocessing import FeatureTransformer

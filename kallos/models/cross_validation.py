@@ -25,10 +25,10 @@ from pydantic import Field
 from tqdm import tqdm
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #9b74893e
+from ..core.columns import timeframe_delta
 from ..core.config import RunSettings, Workers, as_parameters
 from ..core.errors import ConfigError
 from ..core.runs import atomic_write, fingerprint, package_versions, seed_everything, write_manifest
-from ..core.schemas import timeframe_delta
 from ..data.purged import CombinatorialPurgedCV, PurgedKFold, path_folds
 from ..data.splits import Splitter, WalkForwardSplit
 from .architectures import check_hyperparameters, check_model, choose_device

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from darts import TimeSeries
 
+from ..core.columns import timeframe_delta
 from ..core.config import FeatureGroups, RunSettings, read_feature_groups
 from ..core.errors import ConfigError, DataError
 from ..core.logs import log_event
 from ..core.runs import fingerprint
-from ..core.schemas import timeframe_delta
 from ..data.bars import segment_ids, to_utc
 from ..data.splits import WalkForwardSplit
 from ..data.store import read_features, stale_from

@@ -21,6 +21,7 @@ from ..core.errors import ArtifactError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
 
 # %% ../../nbs/models/27d_ensemble_training.ipynb #068daf9d
+from ..core.columns import NAIVE_PROBABILITIES, PROBABILITIES
 from ..core.metrics import rmse, skill
 from kallos.core.runs import (
     atomic_write,
@@ -32,7 +33,6 @@ from kallos.core.runs import (
     write_json,
     write_manifest,
 )
-from ..core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
 from .architectures import choose_device
 from .base_forecasts import BaseForecasts, EnsembleSettings, forecast_bases, longest_lookback
 from .cross_validation import CrossValidation, ValidationSettings, paths_of

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from ..core.classification import CLASSES, brier_losses, class_probabilities
+from ..core.columns import NAIVE_PROBABILITIES, PROBABILITIES, timeframe_delta
 from ..core.config import RunSettings
 from ..core.errors import TrainingError
 from ..core.metrics import rmse
-from ..core.schemas import FORECASTS, NAIVE_PROBABILITIES, PROBABILITIES, check_table, timeframe_delta
+from ..core.schemas import FORECASTS, check_table
 from .architectures import MODELS
 from .datasets import DartsFold
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.columns import timeframe_delta
 from ..core.config import RunSettings, parse_moment, read_feature_groups
 from ..core.errors import ConfigError, DataError
-from ..core.schemas import timeframe_delta
 from .container import TimeSeriesDataContainer
 from .datasets import load_table
 from .partition import PARTS

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator, Field
 
+from ..core.columns import BAR_COLUMNS, timeframe_delta
 from ..core.config import FeatureGroups, Groups, Moment, Name, Settings, Timeframe
 from ..core.errors import DataError
-from ..core.schemas import BAR_COLUMNS, timeframe_delta
 from ..data.barriers import Barriers
 from ..data.bars import gap_map
 from ..data.features import compute_features

@@ -9,11 +9,11 @@ __all__ = ['blocks_of', 'fold_from_parts', 'can_forecast', 'empty_folds', 'empty
 import numpy as np
 import pandas as pd
 
+from ..core.columns import NAIVE_PROBABILITIES, PROBABILITIES
 from ..core.config import RunSettings
 from ..core.errors import DataError
 from ..core.logs import log_event
 from ..core.metrics import fewest_forecasts
-from ..core.schemas import NAIVE_PROBABILITIES, PROBABILITIES
 from ..data.bars import segment_ids
 from ..data.spans import Part
 from ..data.splits import Splitter

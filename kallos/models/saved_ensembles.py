@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from darts import TimeSeries
 
+from ..core.columns import NAIVE_PROBABILITIES, timeframe_delta
 from ..core.config import RunSettings, parse_moment, read_feature_groups
 from ..core.errors import ArtifactError, ConfigError, DataError
 from ..core.runs import read_json, verify_manifest
-from ..core.schemas import NAIVE_PROBABILITIES, timeframe_delta
 from ..data.bars import segment_ids
 from .datasets import add_target, load_features_from_db
 from .ensembles import Aligned, Combination, combine

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..core.columns import timeframe_delta
 from ..core.errors import DataError
-from ..core.schemas import timeframe_delta
 from ..data.spans import Part, clear_before, mark_parts, row_spans
 from .ensembles import LEAST_ROWS, Aligned, Combination, EnsembleMethod, combine, fit_combination
 from .purged_folds import blocks_of

@@ -19,11 +19,12 @@ import torch
 from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput, TorchTrainingBatch
 
 # %% ../../nbs/models/24_validation.ipynb #43a020bd
+from ..core.columns import timeframe_delta
 from ..core.config import RunSettings
 from ..core.devices import limit_threads
 from ..core.errors import TrainingError
 from ..core.runs import derive_seed
-from ..core.schemas import FORECASTS, check_table, timeframe_delta
+from ..core.schemas import FORECASTS, check_table
 from ..data.splits import FoldBounds, date_bounds
 from .architectures import MODELS, longest_input
 from .datasets import Blocks, DartsFold, fold_from_blocks

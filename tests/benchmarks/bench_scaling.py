@@ -27,9 +27,9 @@ from bench_ingest import postgres
 from market import MIDDLING, add_study_options, store_market, study_settings, warm_up
 from optuna.trial import TrialState, create_trial
 
+from kallos.core.columns import timeframe_delta
 from kallos.core.config import TuneSettings, as_parameters, study_name
 from kallos.core.errors import DataError
-from kallos.core.schemas import timeframe_delta
 from kallos.data.sample import sample_bars
 from kallos.models.architectures import MODELS
 from kallos.models.budget import finished_trials
