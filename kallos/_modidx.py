@@ -532,6 +532,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'kallos.data.indicators._seconds': ('data/indicators.html#_seconds', 'kallos/data/indicators.py'),
                                         'kallos.data.indicators._stood_still': ( 'data/indicators.html#_stood_still',
                                                                                  'kallos/data/indicators.py'),
+                                        'kallos.data.indicators._turn': ('data/indicators.html#_turn', 'kallos/data/indicators.py'),
                                         'kallos.data.indicators._window_ends': ( 'data/indicators.html#_window_ends',
                                                                                  'kallos/data/indicators.py'),
                                         'kallos.data.indicators.adx': ('data/indicators.html#adx', 'kallos/data/indicators.py'),
