@@ -5,5 +5,16 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "recipes": (
+            "FORMULAS",
+            "Recipe",
+            "as_market",
+            "bars_needed",
+            "column",
+            "compute_recipes",
+            "describe_feature",
+            "newest_rows",
+            "read_recipe",
+        ),
     },
 )
