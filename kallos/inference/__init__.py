@@ -16,5 +16,10 @@ __getattr__, __dir__, __all__ = lazy(
             "newest_rows",
             "read_recipe",
         ),
+        "scaling": (
+            "CURVES",
+            "Scaling",
+            "describe_scaling",
+        ),
     },
 )
