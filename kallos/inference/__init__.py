@@ -35,5 +35,11 @@ __getattr__, __dir__, __all__ = lazy(
             "sign_manifest",
             "zip_bytes",
         ),
+        "bar_arrays": (
+            "Arrays",
+            "arrays_of",
+            "check_arrays",
+            "step_of",
+        ),
     },
 )

@@ -169,9 +169,7 @@ def read_public_key(
 
     key = _read_key(path, load_pem_public_key, "openssl pkey -in private.pem -pubout -out public.pem")
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(
-            "the public key is not of Ed25519", str(path), "Make one: openssl genpkey -algorithm ed25519."
-        )
+        raise ConfigError("the public key is not of Ed25519", str(path), "Make one of Ed25519.")
     return key
 
 
@@ -234,10 +232,9 @@ def zip_bytes(
             archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
     return held.getvalue()
 
-# %% ../../nbs/inference/39_bundle_files.ipynb #635c209b
-_REFERENCE = {
-    "ts", "features", "names", "segments", "forecasts", "forecast_ts", "forecasts_are", "forecast_errors", "naive_errors",
-}  # fmt: skip
+# %% ../../nbs/inference/39_bundle_files.ipynb #9595a6e5
+_REFERENCE = {"ts", "features", "names", "segments", "forecasts", "forecast_ts", "forecasts_are"}
+_REFERENCE |= {"forecast_errors", "naive_errors"}
 
 
 def read_reference(
