@@ -52,5 +52,27 @@ __getattr__, __dir__, __all__ = lazy(
             "read_member",
             "run_lengths",
         ),
+        "answers": (
+            "Answer",
+            "MOST_WINDOWS",
+            "answer_newest",
+            "answer_rows",
+            "by_asset",
+            "check_all",
+            "half_width",
+        ),
+        "packed_models": (
+            "PackedModel",
+            "read_packed_model",
+        ),
+        "onnx_guard": (
+            "open_session",
+        ),
+        "bundle": (
+            "Bundle",
+            "golden_example",
+            "load_bundle",
+            "open_bundle",
+        ),
     },
 )
