@@ -16,11 +16,6 @@ __getattr__, __dir__, __all__ = lazy(
             "newest_rows",
             "read_recipe",
         ),
-        "scaling": (
-            "CURVES",
-            "Scaling",
-            "describe_scaling",
-        ),
         "bundle_files": (
             "BundleFiles",
             "MANIFEST",
@@ -40,17 +35,6 @@ __getattr__, __dir__, __all__ = lazy(
             "arrays_of",
             "check_arrays",
             "step_of",
-        ),
-        "members": (
-            "Member",
-            "Prepared",
-            "Window",
-            "deviations",
-            "newest_window",
-            "past_target",
-            "prepare_rows",
-            "read_member",
-            "run_lengths",
         ),
         "answers": (
             "Answer",
@@ -73,6 +57,23 @@ __getattr__, __dir__, __all__ = lazy(
             "golden_example",
             "load_bundle",
             "open_bundle",
+        ),
+        "members": (
+            "Member",
+            "Prepared",
+            "Window",
+            "deviations",
+            "newest_window",
+            "past_target",
+            "prepare_rows",
+            "read_member",
+            "run_lengths",
+        ),
+        "scaling": (
+            "CURVES",
+            "Scaling",
+            "describe_scaling",
+            "read_scaling",
         ),
     },
 )
