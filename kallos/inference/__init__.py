@@ -75,5 +75,13 @@ __getattr__, __dir__, __all__ = lazy(
             "describe_scaling",
             "read_scaling",
         ),
+        "bundle_sources": (
+            "Source",
+            "Trained",
+            "Verdict",
+            "label_settings",
+            "read_source",
+            "read_verdict",
+        ),
     },
 )
