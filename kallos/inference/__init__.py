@@ -83,5 +83,9 @@ __getattr__, __dir__, __all__ = lazy(
             "read_source",
             "read_verdict",
         ),
+        "model_cards": (
+            "UNITS",
+            "model_card",
+        ),
     },
 )
