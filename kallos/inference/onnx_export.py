@@ -87,7 +87,7 @@ def _at_rest(network: Any) -> Iterator[None]:
         network.train(was_training).to(device)
         network.batch_size_last = -1
 
-
+# %% ../../nbs/inference/38_onnx_export.ipynb #e259a42e
 def _network_graph(model: "ForecastingModel", length: int, n_features: int, horizon: int) -> "GraphProto":
     import onnx
     import torch
@@ -102,7 +102,7 @@ def _network_graph(model: "ForecastingModel", length: int, n_features: int, hori
     fold_shapes(proto, dict(zip(INPUTS, ((length, 1), (length, n_features)), strict=True)))
     return proto.graph
 
-# %% ../../nbs/inference/38_onnx_export.ipynb #c8fa9792
+# %% ../../nbs/inference/38_onnx_export.ipynb #0895a762
 def _estimator_graph(model: "ForecastingModel", length: int, n_features: int, reads_target: bool) -> "GraphProto":
     from onnx import helper
 
@@ -114,7 +114,7 @@ def _estimator_graph(model: "ForecastingModel", length: int, n_features: int, re
     graph.nodes[-1].output[0] = OUTPUT
     return helper.make_graph(graph.nodes, "estimator", [], [], graph.constants)
 
-# %% ../../nbs/inference/38_onnx_export.ipynb #63514de5
+# %% ../../nbs/inference/38_onnx_export.ipynb #45d92b4d
 def export_onnx(
     model: "ForecastingModel",  # fitted
     *,
@@ -139,7 +139,7 @@ def export_onnx(
         getattr(graph, field).extend(infos)
     return _model(graph).SerializeToString(deterministic=True)
 
-# %% ../../nbs/inference/38_onnx_export.ipynb #15337dc2
+# %% ../../nbs/inference/38_onnx_export.ipynb #97ce8362
 def merge_onnx(
     models: list[bytes],  # graphs of `export_onnx`, one a member
 ) -> bytes:
@@ -156,7 +156,7 @@ def merge_onnx(
             getattr(merged, field).extend(getattr(graph, field))
     return _model(merged).SerializeToString(deterministic=True)
 
-
+# %% ../../nbs/inference/38_onnx_export.ipynb #4ade3ca6
 def _rename(graph: "GraphProto", faces: dict[str, str], number: int) -> None:
     def new(name: str) -> str:
         return faces.get(name, f"member_{number}_{name}") if name else ""

@@ -63,13 +63,13 @@ class _Batches:
         first, *others = self.of(name)
         return first if all(first.shape == other.shape and _alike(first, other) for other in others) else None
 
-
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #cc07406a
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
     if one.dtype.kind == "f":
         return np.allclose(one, other, rtol=1e-6, atol=1e-7)
     return bool((one == other).all())
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #908f249d
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #79068c90
 def take_branches(
     proto: "ModelProto",  # changed in place
     shapes: dict[str, tuple[int, ...]],  # input -> shape without the batch
@@ -81,7 +81,7 @@ def take_branches(
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
 
-
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #43ea5faf
 def _branch(node: "NodeProto", batches: _Batches) -> "Iterator[NodeProto]":
     from onnx import helper
 
@@ -98,7 +98,7 @@ def _branch(node: "NodeProto", batches: _Batches) -> "Iterator[NodeProto]":
         for inner, name in zip(branch.output, node.output, strict=True)
     )
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #064867af
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #2042ee58
 def reached_by_data(
     graph: "GraphProto",  # nodes in the order in which they run
 ) -> set[str]:
@@ -109,7 +109,7 @@ def reached_by_data(
             reached |= {*node.output}
     return reached
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #5f0777d3
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #f3e0c2af
 def _affine(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
     """(factor, rest) of a vector of whole numbers that is factor * batch + rest; None if it is not."""
     if values[0].dtype != np.int64 or {value.shape for value in values} != {values[0].shape} or values[0].ndim != 1:
@@ -128,7 +128,7 @@ def _repeated(values: list[np.ndarray]) -> tuple[np.ndarray, tuple] | None:
     one = values[0].take([0], axis=int(np.flatnonzero(shape[0])[0]))
     return (one, shape) if all(_alike(one, value) for value in values) else None
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #66fb7ce2
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #f7aabfb3
 class _Folded:
     """The graph that is being written: nodes and constants, each of which is written once."""
 
@@ -154,14 +154,14 @@ class _Folded:
             self.nodes.append(helper.make_node(kind, inputs, [self._names[key]], **how))
         return self._names[key]
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #efa746ba
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #155f47ef
 def _sizes(folded: _Folded, factor: np.ndarray, rest: np.ndarray) -> str:
     batch = folded.node("Shape", folded.batches.first, start=0, end=1)
     if (factor != 1).any():
         batch = folded.node("Mul", batch, folded.constant(factor))
     return folded.node("Add", batch, folded.constant(rest)) if rest.any() else batch
 
-
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #57359387
 _SPREADING = ("Add", "Sub", "Mul", "Div", "Where")
 _RECURRENT = ("GRU", "LSTM", "RNN")
 
@@ -181,7 +181,7 @@ def _replaced(folded: _Folded, node: "NodeProto", at: int) -> str:
     one = folded.constant(repeated[0])
     return one if node.op_type in _SPREADING else folded.node("Expand", one, _sizes(folded, *repeated[1]))
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #dfffdf9f
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #0bf9101a
 def _shape_given(node: "NodeProto", at: int, batches: _Batches) -> np.ndarray | None:
     """The shape that a Reshape or an Expand is given, without the batch; None if that is not what is asked."""
     if at != 1 or node.op_type not in ("Reshape", "Expand"):
@@ -196,7 +196,7 @@ def _shape_given(node: "NodeProto", at: int, batches: _Batches) -> np.ndarray | 
         return None
     return np.where(changing, -1, found[0]).astype("int64")
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #516c220f
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #ba60241b
 _IDLE = {"Identity": 0, "Expand": 0, "Reshape": 0, "ScatterND": 2}
 
 
@@ -213,7 +213,7 @@ def _handed_on(node: "NodeProto", batches: _Batches) -> int | None:
             return None
     return at
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #92e60243
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #8cc4709e
 def _stretching(node: "NodeProto", batches: _Batches, proto: "ModelProto") -> np.ndarray | None:
     """(from, to) the matrix of a Resize along the last axis; None if the node is none."""
     from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -230,7 +230,7 @@ def _stretching(node: "NodeProto", batches: _Batches, proto: "ModelProto") -> np
     model = helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
     return observe(model, {"rows": np.eye(given[-1], dtype="float32")[:, None]})["found"][:, 0]
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #368bc964
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #8b5eb444
 def fold_shapes(
     proto: "ModelProto",  # with a free batch dimension; changed in place
     shapes: dict[str, tuple[int, ...]],  # input -> shape without the batch
@@ -250,7 +250,7 @@ def fold_shapes(
     _put_back(graph, folded)
     _check_folded(proto, folded.batches)
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #820d5483
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #188ee4b4
 def _written(
     folded: _Folded, node: "NodeProto", given: list[str], reached: set[str], proto: "ModelProto"
 ) -> "NodeProto":
@@ -263,7 +263,7 @@ def _written(
     node.input[:] = [_replaced(folded, node, at) if ours[at] else name for at, name in enumerate(given)]
     return node
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #d058a796
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #c8f1f6c1
 def _put_back(graph: "GraphProto", folded: _Folded) -> None:
     """Gives the graph its new nodes and constants, without those that nobody reads."""
     nodes, read = [], {one.name for one in graph.output}
@@ -276,7 +276,7 @@ def _put_back(graph: "GraphProto", folded: _Folded) -> None:
         graph.ClearField(field)
         getattr(graph, field).extend(values)
 
-# %% ../../nbs/inference/37b_onnx_folding.ipynb #f72aed19
+# %% ../../nbs/inference/37b_onnx_folding.ipynb #cfba498b
 def _check_folded(proto: "ModelProto", batches: _Batches) -> None:
     for feed, before in zip(batches.feeds, batches.seen, strict=True):
         after = observe(proto, feed)
