@@ -20,12 +20,6 @@ __getattr__, __dir__, __all__ = lazy(
             "check_arrays",
             "step_of",
         ),
-        "bundle": (
-            "Bundle",
-            "golden_example",
-            "load_bundle",
-            "open_bundle",
-        ),
         "bundle_files": (
             "BundleFiles",
             "MANIFEST",
@@ -134,6 +128,12 @@ __getattr__, __dir__, __all__ = lazy(
             "Scaling",
             "describe_scaling",
             "read_scaling",
+        ),
+        "bundle": (
+            "Bundle",
+            "golden_example",
+            "load_bundle",
+            "open_bundle",
         ),
     },
 )
