@@ -135,5 +135,25 @@ __getattr__, __dir__, __all__ = lazy(
             "load_bundle",
             "open_bundle",
         ),
+        "bundle_contents": (
+            "LEVELS",
+            "MOST_ROWS",
+            "describe_source",
+            "evaluation_of",
+            "intervals_of",
+            "packed_parts",
+            "reference_of",
+            "target_unit",
+        ),
+        "bundle_making": (
+            "MOST_WINDOWS",
+            "MadeBundle",
+            "make_bundle",
+        ),
+        "bundle_proof": (
+            "HEAVY",
+            "answer_task",
+            "prove_bundle",
+        ),
     },
 )
