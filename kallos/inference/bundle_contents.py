@@ -108,7 +108,7 @@ def intervals_of(
     widths = {f"{level:g}": conformal_quantile(missed, level=level) for level in LEVELS}
     return {level: width for level, width in widths.items() if np.isfinite(width)}
 
-
+# %% ../../nbs/inference/40e_bundle_contents.ipynb #65130f23
 def _errors(rows: pd.DataFrame) -> dict[str, np.ndarray]:
     """Errors of the model and of the naive forecast, of classes Brier losses."""
     if "p_up" in rows:
@@ -165,7 +165,7 @@ def target_unit(
     one = next(one for one in source.models if one.settings.asset_id == source.asset_id)
     return 1.0 if one.settings.target_col == "label" else float(one.base.transformer.target_scaler.scale_[0])
 
-
+# %% ../../nbs/inference/40e_bundle_contents.ipynb #63fad58e
 def evaluation_of(
     bundle: Bundle,  # of the models
     verdict: Verdict | None,  # on the model
