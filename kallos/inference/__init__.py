@@ -34,14 +34,6 @@ __getattr__, __dir__, __all__ = lazy(
             "sign_manifest",
             "zip_bytes",
         ),
-        "bundle_sources": (
-            "Source",
-            "Trained",
-            "Verdict",
-            "label_settings",
-            "read_source",
-            "read_verdict",
-        ),
         "members": (
             "Member",
             "Prepared",
@@ -154,6 +146,14 @@ __getattr__, __dir__, __all__ = lazy(
             "HEAVY",
             "answer_task",
             "prove_bundle",
+        ),
+        "bundle_sources": (
+            "Source",
+            "Trained",
+            "Verdict",
+            "label_settings",
+            "read_source",
+            "read_verdict",
         ),
     },
 )
