@@ -121,12 +121,6 @@ __getattr__, __dir__, __all__ = lazy(
             "describe_scaling",
             "read_scaling",
         ),
-        "bundle": (
-            "Bundle",
-            "golden_example",
-            "load_bundle",
-            "open_bundle",
-        ),
         "bundle_contents": (
             "LEVELS",
             "MOST_ROWS",
@@ -154,6 +148,12 @@ __getattr__, __dir__, __all__ = lazy(
             "label_settings",
             "read_source",
             "read_verdict",
+        ),
+        "bundle": (
+            "Bundle",
+            "golden_example",
+            "load_bundle",
+            "open_bundle",
         ),
     },
 )
