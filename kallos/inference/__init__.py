@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "answers": (
             "Answer",
-            "MOST_WINDOWS",
+            "MOST_BATCH",
             "answer_newest",
             "answer_rows",
             "by_asset",
@@ -51,8 +51,8 @@ __getattr__, __dir__, __all__ = lazy(
             "zip_bytes",
         ),
         "bundle_making": (
-            "MOST_WINDOWS",
             "MadeBundle",
+            "PROOF_WINDOWS",
             "make_bundle",
         ),
         "bundle_proof": (
