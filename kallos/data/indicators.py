@@ -9,6 +9,7 @@ __all__ = ['Columns', 'log_return', 'realised_volatility', 'garman_klass_volatil
 
 # %% ../../nbs/data/12b_indicators.ipynb #2489ad08
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 import talib
@@ -215,7 +216,7 @@ def hour_wave(
 ) -> np.ndarray:
     """(n) sines or cosines of the time of day of the close, UTC, to the second; a day is one turn."""
     seconds = _seconds(bars)
-    return wave(2 * np.pi * np.arange(86_400) / 86_400)[seconds - seconds // 86_400 * 86_400]
+    return _turn(wave, 86_400)[seconds - seconds // 86_400 * 86_400]
 
 
 def weekday_wave(
@@ -225,7 +226,12 @@ def weekday_wave(
 ) -> np.ndarray:
     """(n) sines or cosines of the weekday of the close, UTC; Monday is 0, a week is one turn."""
     days = _seconds(bars) // 86_400 + 3  # 1 January 1970 was a Thursday
-    return wave(2 * np.pi * np.arange(7) / 7)[days - days // 7 * 7]
+    return _turn(wave, 7)[days - days // 7 * 7]
+
+
+@cache
+def _turn(wave: Callable[[np.ndarray], np.ndarray], steps: int) -> np.ndarray:
+    return wave(2 * np.pi * np.arange(steps) / steps)
 
 
 def _seconds(bars: Columns) -> np.ndarray:

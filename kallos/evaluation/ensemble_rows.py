@@ -31,9 +31,10 @@ from kallos.evaluation.held_out import (
 )
 from ..models.architectures import choose_device
 from ..models.base_forecasts import EnsembleSettings, forecast_bases, longest_lookback
+from ..models.combinations import Combination
 from ..models.cross_validation import CrossValidation, FoldSettings, ValidationSettings, keep_table, paths_of
 from ..models.ensemble_training import out_of_sample
-from ..models.ensembles import Combination, align_forecasts, combine
+from ..models.ensembles import align_forecasts, combine
 from ..models.parameters import read_params, seen_by
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #1c95a26b

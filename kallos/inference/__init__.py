@@ -5,6 +5,42 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "recipes": (
+            "FORMULAS",
+            "Recipe",
+            "as_market",
+            "bars_needed",
+            "column",
+            "compute_recipes",
+            "describe_feature",
+            "newest_rows",
+            "read_recipe",
+        ),
+        "scaling": (
+            "CURVES",
+            "Scaling",
+            "describe_scaling",
+        ),
+        "bundle_files": (
+            "BundleFiles",
+            "MANIFEST",
+            "MOST_BYTES",
+            "SCHEMA",
+            "SIGNATURE",
+            "read_bundle_files",
+            "read_object",
+            "read_public_key",
+            "read_reference",
+            "seal",
+            "sign_manifest",
+            "zip_bytes",
+        ),
+        "bar_arrays": (
+            "Arrays",
+            "arrays_of",
+            "check_arrays",
+            "step_of",
+        ),
         "bar_files": (
             "GivenFile",
             "SeriesFiles",

@@ -294,15 +294,6 @@ __getattr__, __dir__, __all__ = lazy(
             "train",
             "train_and_save_model",
         ),
-        "ensembles": (
-            "Aligned",
-            "Combination",
-            "EnsembleMethod",
-            "LEAST_ROWS",
-            "align_forecasts",
-            "combine",
-            "fit_combination",
-        ),
         "stacked_folds": (
             "StackedFolds",
             "known_times",
@@ -330,5 +321,19 @@ __getattr__, __dir__, __all__ = lazy(
             "path_deviations",
         ),
         "ensemble_training": ("TrainedEnsemble", "out_of_sample", "train_ensemble"),
+        "combinations": (
+            "Combination",
+            "class_inputs",
+            "combine_deviations",
+            "combine_probabilities",
+        ),
+        "ensembles": (
+            "Aligned",
+            "EnsembleMethod",
+            "LEAST_ROWS",
+            "align_forecasts",
+            "combine",
+            "fit_combination",
+        ),
     },
 )

@@ -35,9 +35,10 @@ from kallos.core.runs import (
 )
 from .architectures import choose_device
 from .base_forecasts import BaseForecasts, EnsembleSettings, forecast_bases, longest_lookback
+from .combinations import Combination
 from .cross_validation import CrossValidation, ValidationSettings, paths_of
 from .datasets import data_record
-from .ensembles import Aligned, Combination, combine, fit_combination
+from .ensembles import Aligned, combine, fit_combination
 from .labelled import load_rows
 from .parameters import merge_params, read_params, seen_by
 from .saved_ensembles import ENSEMBLE_FILE, align_said, assemble, load_ensemble_rows, path_deviations

@@ -21,8 +21,9 @@ from ..core.config import RunSettings, parse_moment, read_feature_groups
 from ..core.errors import ArtifactError, ConfigError, DataError
 from ..core.runs import read_json, verify_manifest
 from ..data.bars import segment_ids
+from .combinations import Combination
 from .datasets import add_target, load_features_from_db
-from .ensembles import Aligned, Combination, combine
+from .ensembles import Aligned, combine
 from .label_forecasts import forecast_ends
 from .labelled import complete_from_splits, load_labelled
 from .preprocessing import FeatureTransformer, inverse_target

@@ -15,7 +15,8 @@ import pandas as pd
 from ..core.columns import timeframe_delta
 from ..core.errors import DataError
 from ..data.spans import Part, clear_before, mark_parts, row_spans
-from .ensembles import LEAST_ROWS, Aligned, Combination, EnsembleMethod, combine, fit_combination
+from .combinations import Combination
+from .ensembles import LEAST_ROWS, Aligned, EnsembleMethod, combine, fit_combination
 from .purged_folds import blocks_of
 
 # %% ../../nbs/models/27a_stacked_folds.ipynb #a6baa47a
