@@ -88,8 +88,7 @@ def files_of(
     """The files that hold the series; DataError if none does, or if it is not clear how they do."""
     reasons = {file.path: found for file in files if (found := _reason(file, asset_id, timeframe))}
     if not reasons:
-        told = [file.path.name for file in files]
-        shown = [*told[:8], *([f"and {len(told) - 8} more"] if len(told) > 8 else [])]
+        shown = [file.path.name for file in files[:8]]
         todo = f"Call a file {asset_id}_{timeframe}, say --bars {asset_id}=FILE, or give it a column asset_id."
         raise DataError(f"no file says that it holds {asset_id} at {timeframe}", shown, todo)
     kinds = {*reasons.values()}

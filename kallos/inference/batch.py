@@ -157,16 +157,15 @@ def write_forecasts(
     report = BatchReport(bundle.id, bundle.digest, Path(folder) / f"{bundle.id}.parquet")
     stored = None if full else _checked(report.path, bundle, level)
     after = max(filter(None, (stored and stored.last, since)), default=None)
-    seen = partial(setattr, report, "newest")
-    tables = predict_chunks(bundle, feeds, after=after, now=now, level=level, n_jobs=n_jobs, seen=seen)
-    counted = _counted(tables, report, pd.Timestamp(bundle.manifest["trained"]["seen_until"]), progress)
-    append_forecasts(report.path, counted, level=level, keep=stored is not None)
+    how = {"level": level, "n_jobs": n_jobs, "seen": partial(setattr, report, "newest")}
+    tables = _counted(predict_chunks(bundle, feeds, after=after, now=now, **how), report, bundle, progress)
+    append_forecasts(report.path, tables, level=level, keep=stored is not None)
     _conclude(report, stored)
     _tell_age(report, bundle.timeframe, now, stale_after)
     report.seconds = time.perf_counter() - begun
     return report
 
-# %% ../../nbs/inference/40n_batch.ipynb #3a816e2e
+# %% ../../nbs/inference/40n_batch.ipynb #6ccc6e9f
 def _checked(path: Path, bundle: "Bundle", level: float) -> Stored | None:
     names = ("asset_id", "timeframe", "target", "horizon")
     if stored := stored_forecasts(path):
@@ -175,15 +174,16 @@ def _checked(path: Path, bundle: "Bundle", level: float) -> Stored | None:
 
 
 def _counted(
-    tables: Iterable[pd.DataFrame], report: BatchReport, seen_until: pd.Timestamp, progress: Callable | None
+    tables: Iterable[pd.DataFrame], report: BatchReport, bundle: "Bundle", progress: Callable | None
 ) -> Iterator[pd.DataFrame]:
+    seen_until = pd.Timestamp(bundle.manifest["trained"]["seen_until"])
     for rows in tables:
         _count(report, rows, seen_until)
         if progress:
             progress(len(rows))
         yield rows.assign(bundle=report.digest)
 
-# %% ../../nbs/inference/40n_batch.ipynb #a79a1922
+# %% ../../nbs/inference/40n_batch.ipynb #766750b7
 def _conclude(report: BatchReport, stored: Stored | None) -> None:
     if not report.rows and stored:
         report.last = stored.last
@@ -197,7 +197,7 @@ def _conclude(report: BatchReport, stored: Stored | None) -> None:
         said = f"{report.in_sample:,} of {report.rows:,} rows lie in the time that the model was fitted on"
         report.notes.append(f"{said}: they look better than it is")
 
-# %% ../../nbs/inference/40n_batch.ipynb #fc480ad0
+# %% ../../nbs/inference/40n_batch.ipynb #66cba244
 def batch_table(
     reports: Iterable[BatchReport],  # from `write_forecasts`
 ) -> pd.DataFrame:
