@@ -103,6 +103,7 @@ class BatchReport:
 
     bundle: str  # its id
     digest: str  # its version
+    timeframe: str  # length of its bars
     path: Path  # the file of its forecasts
     rows: int = 0  # that came
     marked: dict[str, int] = field(default_factory=dict)  # those without a forecast, by status
@@ -130,13 +131,13 @@ def _count(report: BatchReport, rows: pd.DataFrame, seen_until: pd.Timestamp) ->
     report.in_sample += int((rows["ts"] <= seen_until).sum())
 
 
-def _tell_age(report: BatchReport, timeframe: str, now: pd.Timestamp, stale_after: int) -> None:
+def _tell_age(report: BatchReport, now: pd.Timestamp, stale_after: int) -> None:
     if report.newest is not None:
-        late = int((now - report.newest) // timeframe_delta(timeframe))
+        late = int((now - report.newest) // timeframe_delta(report.timeframe))
         report.stale_bars = late if late > stale_after else 0
     if report.stale_bars:
         said = f"stale: the newest bar closed at {report.newest:%Y-%m-%d %H:%M}"
-        report.notes.append(f"{said}, {late:,} bars of {timeframe} before {now:%Y-%m-%d %H:%M} UTC")
+        report.notes.append(f"{said}, {late:,} bars of {report.timeframe} before {now:%Y-%m-%d %H:%M} UTC")
 
 # %% ../../nbs/inference/40n_batch.ipynb #15f8f57d
 def write_forecasts(
@@ -154,14 +155,13 @@ def write_forecasts(
 ) -> BatchReport:
     """The report; the file has grown by all its rows or by none. A KallosError says why it could not."""
     begun, now = time.perf_counter(), pd.Timestamp.now("UTC") if now is None else now
-    report = BatchReport(bundle.id, bundle.digest, Path(folder) / f"{bundle.id}.parquet")
+    report = BatchReport(bundle.id, bundle.digest, bundle.timeframe, Path(folder) / f"{bundle.id}.parquet")
     stored = None if full else _checked(report.path, bundle, level)
     after = max(filter(None, (stored and stored.last, since)), default=None)
     how = {"level": level, "n_jobs": n_jobs, "seen": partial(setattr, report, "newest")}
     tables = _counted(predict_chunks(bundle, feeds, after=after, now=now, **how), report, bundle, progress)
     append_forecasts(report.path, tables, level=level, keep=stored is not None)
-    _conclude(report, stored)
-    _tell_age(report, bundle.timeframe, now, stale_after)
+    _conclude(report, stored, now, stale_after)
     report.seconds = time.perf_counter() - begun
     return report
 
@@ -184,7 +184,7 @@ def _counted(
         yield rows.assign(bundle=report.digest)
 
 # %% ../../nbs/inference/40n_batch.ipynb #766750b7
-def _conclude(report: BatchReport, stored: Stored | None) -> None:
+def _conclude(report: BatchReport, stored: Stored | None, now: pd.Timestamp, stale_after: int) -> None:
     if not report.rows and stored:
         report.last = stored.last
         report.notes.append(f"nothing new: the file goes to {stored.last:%Y-%m-%d %H:%M} UTC")
@@ -196,6 +196,7 @@ def _conclude(report: BatchReport, stored: Stored | None) -> None:
     if report.in_sample:
         said = f"{report.in_sample:,} of {report.rows:,} rows lie in the time that the model was fitted on"
         report.notes.append(f"{said}: they look better than it is")
+    _tell_age(report, now, stale_after)
 
 # %% ../../nbs/inference/40n_batch.ipynb #66cba244
 def batch_table(
