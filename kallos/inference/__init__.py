@@ -41,6 +41,17 @@ __getattr__, __dir__, __all__ = lazy(
             "check_arrays",
             "step_of",
         ),
+        "members": (
+            "Member",
+            "Prepared",
+            "Window",
+            "deviations",
+            "newest_window",
+            "past_target",
+            "prepare_rows",
+            "read_member",
+            "run_lengths",
+        ),
         "bar_files": (
             "GivenFile",
             "SeriesFiles",
