@@ -43,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy(
             "tell_next",
         ),
         "data_commands": (
+            "column_mapping",
             "data",
             "data_app",
             "features",
@@ -75,6 +76,12 @@ __getattr__, __dir__, __all__ = lazy(
         "backtest_commands": (
             "backtest",
             "backtest_app",
+        ),
+        "predict_commands": (
+            "Incomplete",
+            "Stale",
+            "predict",
+            "predict_app",
         ),
         "ensemble_commands": (
             "ensemble",
