@@ -43,7 +43,8 @@ def _feeds(bundle: "Bundle", source: Any, mapping: dict[str, str], notes: list[s
 
     series = [{"asset_id": asset, "timeframe": bundle.timeframe} for asset in bundle.assets]
     if not isinstance(source, list):
-        return {one["asset_id"]: partial(store_chunks, source, **one, columns=bundle.columns) for one in series}
+        wanted = bundle.columns_of
+        return {o["asset_id"]: partial(store_chunks, source, **o, columns=wanted[o["asset_id"]]) for o in series}
     how = {"mapping": mapping, "tell": lambda report: notes.extend(_kept_out(report))}
     found = {one["asset_id"]: partial(file_chunks, files_of(source, **one), **one, **how) for one in series}
     return {asset: partial(_from_the_start, chunks) for asset, chunks in found.items()}

@@ -157,18 +157,20 @@ def closed_bars(
 def in_steps(
     feeds: Mapping[str, Iterator[pd.DataFrame]],  # the chunks of each asset, none of them empty
 ) -> Iterator[dict[str, pd.DataFrame]]:
-    """Tables of each asset up to common times, step by step; an asset without bars in a step is not in it."""
+    """Tables of each asset up to common times, step by step, later than those of the step before."""
     waiting: dict[str, pd.DataFrame] = {}
-    open_feeds = dict(feeds)
+    open_feeds, to_come = dict(feeds), {}
     while open_feeds or waiting:
         for asset in [asset for asset in open_feeds if asset not in waiting]:
             if (chunk := next(open_feeds[asset], None)) is None:
                 del open_feeds[asset]
             else:
                 waiting[asset] = chunk
+                to_come.setdefault(asset, chunk[:1])
         ends = [waiting[asset]["ts"].iloc[-1] for asset in open_feeds] or [b["ts"].iloc[-1] for b in waiting.values()]
         if ends:
             cut = min(ends)
             step = {asset: bars[bars["ts"] <= cut] for asset, bars in waiting.items()}
             waiting = {asset: bars[bars["ts"] > cut] for asset, bars in waiting.items() if bars["ts"].iloc[-1] > cut}
-            yield {asset: bars for asset, bars in step.items() if len(bars)}
+            to_come = {asset: bar for asset, bar in to_come.items() if bar["ts"].iloc[0] > cut}
+            yield to_come | {asset: bars for asset, bars in step.items() if len(bars)}

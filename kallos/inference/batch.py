@@ -42,8 +42,9 @@ def _with_history(
 
 
 def _joined(tail: pd.DataFrame | None, bars: pd.DataFrame | None) -> pd.DataFrame:
-    parts = [part for part in (tail, bars) if part is not None and len(part)]
-    return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+    if tail is None or bars is None or not len(tail := tail[tail["ts"] < bars["ts"].iloc[0]]):
+        return tail if bars is None else bars
+    return pd.concat([tail, bars], ignore_index=True)
 
 # %% ../../nbs/inference/40n_batch.ipynb #e9b63e25
 def _in_order(work: Callable, items: Iterable, n_jobs: int) -> Iterator:
