@@ -16,11 +16,6 @@ __getattr__, __dir__, __all__ = lazy(
             "newest_rows",
             "read_recipe",
         ),
-        "scaling": (
-            "CURVES",
-            "Scaling",
-            "describe_scaling",
-        ),
         "bundle_files": (
             "BundleFiles",
             "MANIFEST",
@@ -41,6 +36,28 @@ __getattr__, __dir__, __all__ = lazy(
             "check_arrays",
             "step_of",
         ),
+        "answers": (
+            "Answer",
+            "MOST_WINDOWS",
+            "answer_newest",
+            "answer_rows",
+            "by_asset",
+            "check_all",
+            "half_width",
+        ),
+        "packed_models": (
+            "PackedModel",
+            "read_packed_model",
+        ),
+        "onnx_guard": (
+            "open_session",
+        ),
+        "bundle": (
+            "Bundle",
+            "golden_example",
+            "load_bundle",
+            "open_bundle",
+        ),
         "members": (
             "Member",
             "Prepared",
@@ -51,6 +68,12 @@ __getattr__, __dir__, __all__ = lazy(
             "prepare_rows",
             "read_member",
             "run_lengths",
+        ),
+        "scaling": (
+            "CURVES",
+            "Scaling",
+            "describe_scaling",
+            "read_scaling",
         ),
         "bar_files": (
             "GivenFile",
