@@ -37,6 +37,8 @@ def given_files(
         asset, sign, path = word.partition("=")
         named = sign and _ASSET.fullmatch(asset) and not Path(word).exists()
         for file in find_files([path if named else word]):
+            if not file.is_file():
+                raise DataError("there is no such file", str(file), "Check the path.")
             owner = asset if named else None
             found[file, owner] = GivenFile(file, owner, owner is None and _names_assets(file))
     return [*found.values()]

@@ -7,7 +7,7 @@ __all__ = ['Feed', 'predict_chunks', 'BatchReport', 'write_forecasts', 'batch_ta
 
 # %% ../../nbs/inference/40n_batch.ipynb #ff7d606b
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -124,9 +124,8 @@ class BatchReport:
 # %% ../../nbs/inference/40n_batch.ipynb #8ef3a103
 def _count(report: BatchReport, rows: pd.DataFrame, seen_until: pd.Timestamp) -> None:
     report.rows += len(rows)
-    for status, count in rows["status"].value_counts().items():
-        if status != "ok":
-            report.marked[status] = report.marked.get(status, 0) + int(count)
+    for status, count in Counter(rows.loc[rows["status"] != "ok", "status"]).items():
+        report.marked[status] = report.marked.get(status, 0) + count
     report.first = rows["ts"].iloc[0] if report.first is None else report.first
     report.last = rows["ts"].iloc[-1]
     report.in_sample += int((rows["ts"] <= seen_until).sum())
