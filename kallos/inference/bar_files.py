@@ -95,6 +95,6 @@ def files_of(
         raise DataError(f"no file says that it holds {asset_id} at {timeframe}", shown, todo)
     kinds = {*reasons.values()}
     if len(kinds) > 1:
-        shown = {file.name: f"by its {reason}" for file, reason in reasons.items()}
+        shown = {file.name: reason for file, reason in reasons.items()}
         raise DataError(f"files hold {asset_id} for two reasons", shown, "Name the ones that are meant.")
     return SeriesFiles([*reasons], kinds == {"column"})
