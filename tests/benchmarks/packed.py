@@ -1,4 +1,4 @@
-"""What the benchmarks of inference share: a small gru that was trained, its bundle, and the bars that it is asked about.
+"""What the benchmarks of inference share: a small gru that was trained, its bundle, and the bars it is asked about.
 
 It defines and runs nothing.
 """
@@ -33,6 +33,11 @@ class Packed(NamedTuple):
     manifest: Path  # of the training
     bundle: Path  # a zip
     bars: pd.DataFrame  # on which it was trained, and a few after
+
+
+def database(folder: Path) -> str:
+    """The URL of the database that the model was trained on."""
+    return f"sqlite:///{folder / 'bench.db'}"
 
 
 def packed_gru(folder: Path, *, timeframe: str = "1m") -> Packed:
