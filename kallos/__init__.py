@@ -77,6 +77,11 @@ __getattr__, __dir__, __all__ = lazy(
             "backtest",
             "backtest_app",
         ),
+        "bundle_commands": (
+            "bundle",
+            "bundle_app",
+            "verify",
+        ),
         "predict_commands": (
             "Incomplete",
             "Stale",

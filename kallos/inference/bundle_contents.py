@@ -83,13 +83,14 @@ def describe_source(
     span = {"first": min(one["first"] for one in ends), "last": max(one["last"] for one in ends)}
     span |= {"rows": min(one["rows"] for one in ends), "seen_until": max(one.seen_until for one in source.models)}
     name = f"{source.name}_{source.asset_id}_{first.timeframe}" + (f"_h{first.horizon}" if first.horizon > 1 else "")
-    return {
+    found = {
         "schema": SCHEMA, "kind": "bundle", "id": name, "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "asset_id": source.asset_id, "timeframe": first.timeframe, "model": source.name, "horizon": first.horizon,
         "target": first.target_col, "unit": UNITS[first.target_col], "members": members, "trained": span,
         "combination": source.combination and source.combination.as_json(), "intervals": intervals,
         "gap_policy": _GAPS, "versions": package_versions(), "git": git_state(),
     }  # fmt: skip
+    return json.loads(json.dumps(found))  # as it will be read again
 
 # %% ../../nbs/inference/40e_bundle_contents.ipynb #423818d1
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -108,7 +109,7 @@ def intervals_of(
     widths = {f"{level:g}": conformal_quantile(missed, level=level) for level in LEVELS}
     return {level: width for level, width in widths.items() if np.isfinite(width)}
 
-
+# %% ../../nbs/inference/40e_bundle_contents.ipynb #65130f23
 def _errors(rows: pd.DataFrame) -> dict[str, np.ndarray]:
     """Errors of the model and of the naive forecast, of classes Brier losses."""
     if "p_up" in rows:
@@ -165,7 +166,7 @@ def target_unit(
     one = next(one for one in source.models if one.settings.asset_id == source.asset_id)
     return 1.0 if one.settings.target_col == "label" else float(one.base.transformer.target_scaler.scale_[0])
 
-
+# %% ../../nbs/inference/40e_bundle_contents.ipynb #63fad58e
 def evaluation_of(
     bundle: Bundle,  # of the models
     verdict: Verdict | None,  # on the model

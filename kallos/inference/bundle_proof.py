@@ -25,7 +25,7 @@ from .bundle import load_bundle
 # %% ../../nbs/inference/40d_bundle_proof.ipynb #9e97dd87
 HEAVY = ("torch", "darts", "sklearn", "scipy", "numba", "sqlalchemy", "pandera", "pydantic", "optuna", "plotly", "onnx")
 
-
+# %% ../../nbs/inference/40d_bundle_proof.ipynb #ba07ac51
 def answer_task(
     bundle_path: str,  # folder or zip
     task_path: str,  # .npz as `prove_bundle` writes it
@@ -46,7 +46,7 @@ def answer_task(
         "heavy": [name for name in HEAVY if name in sys.modules],
     }
 
-
+# %% ../../nbs/inference/40d_bundle_proof.ipynb #f2a8e1f6
 def _frame(task: Mapping[str, np.ndarray], asset: str) -> pd.DataFrame:
     names = [name for name in task if name.startswith(f"{asset}|")]
     bars = pd.DataFrame({name.partition("|")[2]: task[name] for name in names})
@@ -56,7 +56,19 @@ def _frame(task: Mapping[str, np.ndarray], asset: str) -> pd.DataFrame:
 _IMPORT = "import json, sys; from kallos.inference.bundle_proof import answer_task"
 _CODE = f"{_IMPORT}; print(json.dumps(answer_task(*sys.argv[1:])))"
 
+# %% ../../nbs/inference/40d_bundle_proof.ipynb #d443d66f
+def _run(path: Path, task: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", _CODE, str(path.absolute()), str(task)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    except subprocess.SubprocessError as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+        raise ArtifactError(
+            "the bundle cannot be asked in a fresh process", " ".join(said), "No bundle was left."
+        ) from None
+    return json.loads(run.stdout)
 
+# %% ../../nbs/inference/40d_bundle_proof.ipynb #2ea3bc28
 def prove_bundle(
     path: Path,  # of the bundle: a folder, or a zip
     bars: Mapping[
@@ -79,15 +91,3 @@ def prove_bundle(
         todo = "No bundle was left. Please report this with the model's parameters file."
         raise ArtifactError(f"the bundle does not say what the model says (tolerance {tolerance:.3g})", found, todo)
     return found
-
-# %% ../../nbs/inference/40d_bundle_proof.ipynb #d443d66f
-def _run(path: Path, task: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", _CODE, str(path.absolute()), str(task)]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    except subprocess.SubprocessError as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        raise ArtifactError(
-            "the bundle cannot be asked in a fresh process", " ".join(said), "No bundle was left."
-        ) from None
-    return json.loads(run.stdout)
