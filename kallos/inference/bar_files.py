@@ -31,7 +31,7 @@ class SeriesFiles(NamedTuple):
     paths: list[Path]
     by_column: bool  # whether the rows are to be picked by their column `asset_id`
 
-
+# %% ../../nbs/inference/40k_bar_files.ipynb #68b46baa
 _ASSET = re.compile(r"[^\W_][\w.:+-]{0,63}")
 
 
@@ -50,14 +50,14 @@ def given_files(
             found[file, owner] = GivenFile(file, owner, owner is None and _names_assets(file))
     return [*found.values()]
 
-# %% ../../nbs/inference/40k_bar_files.ipynb #5222be18
+# %% ../../nbs/inference/40k_bar_files.ipynb #d978c27d
 def _names_assets(file: Path) -> bool:
     try:
         return all("asset_id" in part.names for part in open_parts(file))
     except DataError:
         return False
 
-# %% ../../nbs/inference/40k_bar_files.ipynb #716f4dc9
+# %% ../../nbs/inference/40k_bar_files.ipynb #77b49491
 _ENDING = re.compile(rf"(?i)({'|'.join(map(re.escape, ENDINGS))})+$")
 _LENGTH = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(TIMEFRAMES)})(?![A-Za-z0-9])")
 
@@ -80,7 +80,7 @@ def _reason(file: GivenFile, asset_id: str, timeframe: str) -> str | None:
         return "name"
     return "column" if file.has_column and _may_be(stem, timeframe) else None
 
-# %% ../../nbs/inference/40k_bar_files.ipynb #1435f3a4
+# %% ../../nbs/inference/40k_bar_files.ipynb #c0d82b76
 def files_of(
     files: list[GivenFile],  # from `given_files`
     *,
