@@ -43,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy(
             "tell_next",
         ),
         "data_commands": (
+            "column_mapping",
             "data",
             "data_app",
             "features",
@@ -80,6 +81,12 @@ __getattr__, __dir__, __all__ = lazy(
             "bundle",
             "bundle_app",
             "verify",
+        ),
+        "predict_commands": (
+            "Incomplete",
+            "Stale",
+            "predict",
+            "predict_app",
         ),
         "ensemble_commands": (
             "ensemble",

@@ -157,5 +157,31 @@ __getattr__, __dir__, __all__ = lazy(
             "describe_scaling",
             "read_scaling",
         ),
+        "bar_files": (
+            "GivenFile",
+            "SeriesFiles",
+            "files_of",
+            "given_files",
+        ),
+        "bar_feeds": (
+            "CHUNK",
+            "closed_bars",
+            "file_chunks",
+            "in_steps",
+            "store_chunks",
+        ),
+        "forecast_files": (
+            "Stored",
+            "append_forecasts",
+            "check_continues",
+            "stored_forecasts",
+        ),
+        "batch": (
+            "BatchReport",
+            "Feed",
+            "batch_table",
+            "predict_chunks",
+            "write_forecasts",
+        ),
     },
 )
