@@ -20,6 +20,26 @@ __getattr__, __dir__, __all__ = lazy(
             "check_arrays",
             "step_of",
         ),
+        "bar_feeds": (
+            "CHUNK",
+            "closed_bars",
+            "file_chunks",
+            "in_steps",
+            "store_chunks",
+        ),
+        "bar_files": (
+            "GivenFile",
+            "SeriesFiles",
+            "files_of",
+            "given_files",
+        ),
+        "batch": (
+            "BatchReport",
+            "Feed",
+            "batch_table",
+            "predict_chunks",
+            "write_forecasts",
+        ),
         "bundle": (
             "Bundle",
             "golden_example",
@@ -67,6 +87,12 @@ __getattr__, __dir__, __all__ = lazy(
             "label_settings",
             "read_source",
             "read_verdict",
+        ),
+        "forecast_files": (
+            "Stored",
+            "append_forecasts",
+            "check_continues",
+            "stored_forecasts",
         ),
         "members": (
             "Member",
@@ -156,32 +182,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Scaling",
             "describe_scaling",
             "read_scaling",
-        ),
-        "bar_files": (
-            "GivenFile",
-            "SeriesFiles",
-            "files_of",
-            "given_files",
-        ),
-        "bar_feeds": (
-            "CHUNK",
-            "closed_bars",
-            "file_chunks",
-            "in_steps",
-            "store_chunks",
-        ),
-        "forecast_files": (
-            "Stored",
-            "append_forecasts",
-            "check_continues",
-            "stored_forecasts",
-        ),
-        "batch": (
-            "BatchReport",
-            "Feed",
-            "batch_table",
-            "predict_chunks",
-            "write_forecasts",
         ),
     },
 )
