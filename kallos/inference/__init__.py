@@ -21,5 +21,21 @@ __getattr__, __dir__, __all__ = lazy(
             "Scaling",
             "describe_scaling",
         ),
+        "service_settings": (
+            "ServiceSettings",
+            "is_loopback",
+        ),
+        "api_keys": (
+            "KeyRing",
+            "new_key",
+            "read_keys",
+            "revoke_key",
+        ),
+        "shelf": (
+            "Entry",
+            "Shelf",
+            "speaking",
+            "watch",
+        ),
     },
 )
