@@ -25,17 +25,17 @@ __getattr__, __dir__, __all__ = lazy(
             "ServiceSettings",
             "is_loopback",
         ),
-        "api_keys": (
-            "KeyRing",
-            "new_key",
-            "read_keys",
-            "revoke_key",
-        ),
         "shelf": (
             "Entry",
             "Shelf",
             "speaking",
             "watch",
+        ),
+        "api_keys": (
+            "KeyRing",
+            "new_key",
+            "read_keys",
+            "revoke_key",
         ),
     },
 )

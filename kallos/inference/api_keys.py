@@ -51,7 +51,7 @@ def new_key(
     write_json(path, {"schema": 1, "keys": keys | {name: made}})
     return key
 
-
+# %% ../../nbs/inference/40q_api_keys.ipynb #f6ba71f1
 def revoke_key(
     path: str | Path,  # the file of keys
     name: str,  # of its holder
@@ -62,7 +62,7 @@ def revoke_key(
         raise ConfigError("there is no key of that name", name, f"There are {', '.join(keys) or 'none'}.")
     write_json(path, {"schema": 1, "keys": {other: key for other, key in keys.items() if other != name}})
 
-# %% ../../nbs/inference/40q_api_keys.ipynb #e99af978
+# %% ../../nbs/inference/40q_api_keys.ipynb #49511b99
 class KeyRing:
     """The keys of a file; `fault` says why nobody is let in, and is None if all is well."""
 
@@ -84,7 +84,7 @@ class KeyRing:
         found = [name for name, known in self._keys.items() if hmac.compare_digest(known, digest)]
         return found[0] if found else None
 
-# %% ../../nbs/inference/40q_api_keys.ipynb #46122df3
+# %% ../../nbs/inference/40q_api_keys.ipynb #bc731b54
 def _hashes(path: Path) -> tuple[dict[str, bytes], str | None]:
     try:
         return {name: bytes.fromhex(key["sha256"]) for name, key in read_keys(path).items()}, None
