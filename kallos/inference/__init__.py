@@ -21,21 +21,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Scaling",
             "describe_scaling",
         ),
-        "service_settings": (
-            "ServiceSettings",
-            "is_loopback",
-        ),
-        "shelf": (
-            "Entry",
-            "Shelf",
-            "speaking",
-            "watch",
-        ),
-        "api_keys": (
-            "KeyRing",
-            "new_key",
-            "read_keys",
-            "revoke_key",
         "bundle_files": (
             "BundleFiles",
             "MANIFEST",
@@ -66,6 +51,22 @@ __getattr__, __dir__, __all__ = lazy(
             "prepare_rows",
             "read_member",
             "run_lengths",
+        ),
+        "service_settings": (
+            "ServiceSettings",
+            "is_loopback",
+        ),
+        "api_keys": (
+            "KeyRing",
+            "new_key",
+            "read_keys",
+            "revoke_key",
+        ),
+        "shelf": (
+            "Entry",
+            "Shelf",
+            "speaking",
+            "watch",
         ),
     },
 )
