@@ -68,5 +68,12 @@ __getattr__, __dir__, __all__ = lazy(
             "speaking",
             "watch",
         ),
+        "request_bodies": (
+            "Gone",
+            "Question",
+            "Refusal",
+            "read_body",
+            "read_question",
+        ),
     },
 )
