@@ -135,8 +135,9 @@ def _tables(bars: object, bundle: "Bundle") -> dict[str, dict]:
 
 # %% ../../nbs/inference/40s_request_bodies.ipynb #74d4fbce
 def _arrays(table: dict, asset: str, bundle: "Bundle", max_rows: int, *, strict: bool) -> tuple[dict, int]:
-    names = [name for name in (*bundle.columns, "is_filled") if name in table]
-    if missing := [name for name in bundle.columns if name not in table]:
+    wanted = bundle.columns_of[asset]
+    names = [name for name in (*wanted, "is_filled") if name in table]
+    if missing := [name for name in wanted if name not in table]:
         got = _shown(sorted(table))
         raise DataError(f"bars of {asset} lack columns: {', '.join(missing)}", got, "Send all of them.")
     if wrong := [name for name in names if not isinstance(table[name], list)]:
