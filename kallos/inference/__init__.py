@@ -83,12 +83,6 @@ __getattr__, __dir__, __all__ = lazy(
             "read_keys",
             "revoke_key",
         ),
-        "shelf": (
-            "Entry",
-            "Shelf",
-            "speaking",
-            "watch",
-        ),
         "request_bodies": (
             "Gone",
             "Question",
@@ -134,6 +128,25 @@ __getattr__, __dir__, __all__ = lazy(
             "body_of_question",
             "complete",
             "faults",
+        ),
+        "page": (
+            "Page",
+            "read_page",
+        ),
+        "shelf": (
+            "Entry",
+            "Shelf",
+            "speaking",
+            "watch",
+        ),
+        "serving": (
+            "Service",
+            "describe",
+            "describe_all",
+            "describe_fully",
+            "make_app",
+            "make_service",
+            "predict",
         ),
     },
 )

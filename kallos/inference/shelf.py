@@ -56,7 +56,7 @@ def speaking(
 ) -> dict[str, str]:
     """By model id, the name of the entry that speaks: the one whose bundle was made last."""
     good = {name: entry.bundle for name, entry in entries.items() if entry.bundle is not None}
-    in_order = sorted(good, key=lambda name: (str(good[name].manifest["created_at"]), name))
+    in_order = sorted(good, key=lambda name: (str(good[name].manifest.get("created_at")), name))
     return {good[name].id: name for name in in_order}
 
 # %% ../../nbs/inference/40r_shelf.ipynb #3aeb2ee7
