@@ -148,5 +148,10 @@ __getattr__, __dir__, __all__ = lazy(
             "make_service",
             "predict",
         ),
+        "server": (
+            "BoundedProtocol",
+            "build",
+            "serve",
+        ),
     },
 )

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Service', 'make_service', 'predict', 'describe', 'describe_all', 'describe_fully', 'make_app']
 
-# %% ../../nbs/inference/41_serving.ipynb #29aecf44
+# %% ../../nbs/inference/41_serving.ipynb #d973ae23
 import asyncio
+import gc
 import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -116,9 +117,13 @@ async def _forecast(service: Service, bundle: "Bundle", body: bytes, key: tuple)
 
 def _bundle(service: Service, model: str) -> "Bundle":
     if (bundle := service.shelf.models.get(model)) is None:
-        known = ", ".join(sorted(service.shelf.models)) or "none"
-        raise Refusal(404, "no_such_model", f"there is no model of that id. There are: {known}.")
+        raise _unknown(service)
     return bundle
+
+
+def _unknown(service: Service) -> Refusal:
+    known = ", ".join(sorted(service.shelf.models)) or "none"
+    return Refusal(404, "no_such_model", f"there is no model of that id. There are: {known}.")
 
 # %% ../../nbs/inference/41_serving.ipynb #95abb8cf
 _MOST_ASKED = 20
@@ -139,15 +144,15 @@ def _store(service: Service) -> BarStore:
         raise Refusal(404, "no_store", reason)
     return service.store
 
-# %% ../../nbs/inference/41_serving.ipynb #bebe319d
+# %% ../../nbs/inference/41_serving.ipynb #09b84d0e
 def describe(
-    shelf: Shelf,  # of this worker
+    entries: dict[str, Entry],  # of the shelf
     name: str,  # of an entry that speaks
+    drift: dict[str, dict],  # reports of the shelf
 ) -> dict[str, Any]:
     """The model in a few words."""
-    entry: Entry = shelf.entries[name]
-    bundle, manifest = entry.bundle, entry.bundle.manifest
-    report, evaluation = _report(shelf, bundle), _table(manifest, "evaluation") or {}
+    entry, bundle, manifest = entries[name], entries[name].bundle, entries[name].bundle.manifest
+    report, evaluation = _report(drift, bundle), _table(manifest, "evaluation") or {}
     about = {key: getattr(bundle, key) for key in ("id", "digest", "asset_id", "timeframe", "horizon", "target")}
     about |= {"assets": list(bundle.assets), "columns": list(bundle.columns), "bars_needed": bundle.bars_needed}
     about |= {key: _text(manifest, key) for key in ("unit", "model", "created_at")}
@@ -157,8 +162,8 @@ def describe(
     return about | {"drift": report and report.get("fired") is True}
 
 
-def _report(shelf: Shelf, bundle: "Bundle") -> dict | None:
-    report = shelf.drift.get(bundle.id)
+def _report(drift: dict[str, dict], bundle: "Bundle") -> dict | None:
+    report = drift.get(bundle.id)
     return report if report and report.get("bundle") == bundle.digest else None
 
 
@@ -174,14 +179,13 @@ def describe_all(
     service: Service,  # of this worker
 ) -> dict[str, Any]:
     """Every model that speaks, and every entry that does not."""
-    shelf = service.shelf
-    names = speaking(shelf.entries)
-    refused = {name: entry.refused for name, entry in shelf.entries.items() if entry.bundle is None}
+    shelf, entries = service.shelf, service.shelf.entries  # the thread may replace them at any moment
+    names = speaking(entries)
+    refused = {name: entry.refused for name, entry in entries.items() if entry.bundle is None}
     second = "another bundle of the same id was made later and speaks"
-    refused |= {
-        name: second for name, e in shelf.entries.items() if e.bundle is not None and name not in names.values()
-    }
-    models = [describe(shelf, name) for _, name in sorted(names.items())]
+    silent = {name for name, entry in entries.items() if entry.bundle is not None} - {*names.values()}
+    refused |= dict.fromkeys(silent, second)
+    models = [describe(entries, name, shelf.drift) for _, name in sorted(names.items())]
     listed = [{"entry": name, "reason": reason} for name, reason in sorted(refused.items())]
     return {"models": models, "refused": listed, "store": service.store is not None}
 
@@ -191,11 +195,13 @@ def describe_fully(
     model: str,  # id
 ) -> dict[str, Any]:
     """The model with its card and papers; `Refusal` with status 404 if there is none."""
-    bundle = _bundle(service, model)
-    about = describe(service.shelf, speaking(service.shelf.entries)[model])
+    entries, drift = service.shelf.entries, service.shelf.drift
+    if model not in (names := speaking(entries)):
+        raise _unknown(service)
+    bundle, about = entries[names[model]].bundle, describe(entries, names[model], drift)
     about |= {key: _table(bundle.manifest, key) for key in ("trained", "evaluation")}
     about |= {"card": bundle.card, "levels": sorted(map(float, bundle.intervals))}
-    return about | {"gap_policy": _text(bundle.manifest, "gap_policy"), "drift_report": _report(service.shelf, bundle)}
+    return about | {"gap_policy": _text(bundle.manifest, "gap_policy"), "drift_report": _report(drift, bundle)}
 
 # %% ../../nbs/inference/41_serving.ipynb #8ee1622b
 def _add_paths(app: FastAPI, service: Service) -> None:
@@ -284,6 +290,8 @@ def make_app(
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         stop = threading.Event()
+        gc.collect()
+        gc.freeze()  # what was loaded stays, and is not looked through again while a request waits
         watch(service.shelf, stop=stop, also=lambda: (also(), service.ring and service.ring.refresh()))
         yield
         stop.set()
