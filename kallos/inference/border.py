@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from itertools import count
 from secrets import token_hex
 from typing import Any
 
@@ -35,9 +36,9 @@ class Visit:
 
     __slots__ = ("began", "holder", "id", "kind", "model", "read", "rows", "status")
 
-    def __init__(self, given: bytes):
+    def __init__(self, given: bytes, own: bytes):
         self.began = time.perf_counter()
-        self.id = given if _REQUEST_ID.fullmatch(given) else token_hex(8).encode()
+        self.id = given if given and _REQUEST_ID.fullmatch(given) else own
         self.status, self.rows, self.read = 0, 0, False
         self.model = self.holder = self.kind = None
 
@@ -141,10 +142,21 @@ def line_of(
     seconds: float,  # that it took
 ) -> bytes:
     """The line of the log."""
-    about = {"ts": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": "info", "message": "request"}
-    about |= {"request_id": visit.id.decode(), "method": method, "route": route, "status": visit.status}
-    about |= {"ms": round(seconds * 1000, 3), "model": visit.model, "rows": visit.rows, "key": visit.holder}
-    return orjson.dumps(about | {"kind": visit.kind}, option=orjson.OPT_APPEND_NEWLINE)
+    line = {
+        "ts": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "level": "info",
+        "message": "request",
+        "request_id": visit.id.decode(),
+        "method": method,
+        "route": route,
+        "status": visit.status,
+        "ms": round(seconds * 1000, 3),
+        "model": visit.model,
+        "rows": visit.rows,
+        "key": visit.holder,
+        "kind": visit.kind,
+    }
+    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 # %% ../../nbs/inference/40w_border.ipynb #fb972171
 class Border:
@@ -153,6 +165,7 @@ class Border:
     def __init__(self, app: Callable, *, settings: ServiceSettings, metrics: ServiceMetrics, **how: Any):
         self._app, self._settings, self._metrics, self._inside = app, settings, metrics, 0
         self._ring, self._write = how.get("ring"), how["write"]
+        self._name, self._number = token_hex(6).encode(), count(1)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Serves one request, or hands on what is none."""
@@ -160,7 +173,7 @@ class Border:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        visit = scope["visit"] = Visit(headers.get(b"x-request-id", b""))
+        visit = scope["visit"] = Visit(headers.get(b"x-request-id", b""), b"%s-%x" % (self._name, next(self._number)))
         room = self._inside < self._settings.concurrency or scope["path"] in _OPEN
         self._inside += room
         try:

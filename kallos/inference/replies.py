@@ -10,6 +10,8 @@ import math
 import threading
 import time
 from collections import OrderedDict
+from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,7 +58,11 @@ def content_of(
 
 # %% ../../nbs/inference/40t_replies.ipynb #5d8c0eac
 def _iso(moment: np.datetime64) -> str:
-    return f"{moment.astype('datetime64[s]')}Z"
+    return f"{datetime.fromtimestamp(_seconds(moment), UTC).isoformat()[:19]}Z"
+
+
+def _seconds(moment: np.datetime64) -> int:
+    return int(moment.astype("int64")) // 1_000_000
 
 
 def _known(value: float) -> float | None:
@@ -67,10 +73,15 @@ def closed_at(
     content: dict[str, Any],  # of `content_of`
 ) -> float:
     """When the newest bar closed, in seconds since 1970."""
-    return float(np.datetime64(content["ts"][:-1], "s").astype("int64"))
+    return datetime.fromisoformat(content["ts"]).timestamp()
 
 # %% ../../nbs/inference/40t_replies.ipynb #86183aac
 _CLOCKS = 5.0  # seconds by which the clocks of two machines may differ
+
+
+@cache
+def _length(timeframe: str) -> float:
+    return timeframe_delta(timeframe).total_seconds()
 
 
 def render(
@@ -84,29 +95,35 @@ def render(
     if age < -_CLOCKS:
         todo = "Leave out the bar that is still running."
         raise Refusal(422, "not_closed", f"the newest bar closes only at {content['ts']}. {todo}")
-    stale = age > settings.stale_after * timeframe_delta(content["timeframe"]).total_seconds()
+    stale = age > settings.stale_after * _length(content["timeframe"])
     if stale and settings.refuse_stale:
         problem = f"the newest bar closed at {content['ts']}, {age:,.0f} seconds ago"
         raise Refusal(409, "stale", f"{problem}, and old bars are refused here. Send newer ones, or fill the store.")
     return orjson.dumps(content | {"age_seconds": round(max(age, 0.0), 3), "stale": stale})
 
-# %% ../../nbs/inference/40t_replies.ipynb #7ef957b9
+# %% ../../nbs/inference/40t_replies.ipynb #e51e2a76
+_TAIL, _LONGEST = 512, 2**18
+
+
 class Memory:
     """The last `size` answers, by what exactly was asked of which version."""
 
-    def __init__(self, size: int = 256):
+    def __init__(self, size: int = 64):
         self._size, self._answers = size, OrderedDict()
 
-    def recall(self, key: tuple) -> tuple | None:
-        """What was kept under the key, or None."""
-        if key not in self._answers:
+    def recall(self, digest: str, body: bytes) -> tuple | None:
+        """What was kept of this version and this body, or None."""
+        key = (digest, len(body), body[-_TAIL:])
+        asked, answer = self._answers.get(key, (None, None))
+        if asked != body:
             return None
         self._answers.move_to_end(key)
-        return self._answers[key]
+        return answer
 
-    def keep(self, key: tuple, answer: tuple) -> None:
+    def keep(self, digest: str, body: bytes, answer: tuple) -> None:
         """Keeps it, and forgets what was not asked for longest."""
-        self._answers[key] = answer
+        if len(body) <= _LONGEST:
+            self._answers[digest, len(body), body[-_TAIL:]] = body, answer
         if len(self._answers) > self._size:
             self._answers.popitem(last=False)
 

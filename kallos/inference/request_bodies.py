@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Refusal', 'Gone', 'read_body', 'Question', 'read_question']
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #b3a64f1f
+# %% ../../nbs/inference/40s_request_bodies.ipynb #e79162fe
 import math
-from array import array
 from collections.abc import Awaitable, Callable
+from struct import error as struct_error
+from struct import pack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -44,15 +45,18 @@ async def read_body(
     spare: int = 128 * 2**20,  # bytes that are read and thrown away before the sender is told
 ) -> bytes:
     """The whole body; `Refusal` with status 413 if it is too long, `Gone` if its sender is."""
-    body, size, more = bytearray(), 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Gone
+    message, body, size = await receive(), bytearray(), 0
+    if message["type"] == "http.request" and not message.get("more_body") and len(message["body"]) <= most:
+        return message["body"]  # nearly always all of it comes at once
+    while message["type"] == "http.request":
         size += len(piece := message.get("body", b""))
-        more = message.get("more_body", False) and size <= most + spare
         if size <= most:
             body += piece
+        if not message.get("more_body") or size > most + spare:
+            break
+        message = await receive()
+    else:
+        raise Gone
     if size > most:
         reason = f"the body is longer than the {most:,} bytes that are read. Send fewer bars: the newest are enough."
         raise Refusal(413, "too_large", reason, {"connection": "close"})
@@ -85,7 +89,7 @@ def read_question(
     if "bars" not in given:
         return Question(None, level, 0)
     tables = _tables(given["bars"], bundle)
-    strict = b"true" in body or b"false" in body
+    strict = _may_hold_truths(body)
     read = {name: _arrays(table, name, bundle, max_rows, strict=strict) for name, table in tables.items()}
     arrays = {name: columns for name, (columns, _) in read.items()}
     bars = arrays if len(bundle.assets) > 1 else arrays[bundle.assets[0]]
@@ -152,18 +156,22 @@ def _arrays(table: dict, asset: str, bundle: "Bundle", max_rows: int, *, strict:
     newest = slice(max(0, rows - bundle.bars_needed), rows)
     return {name: _column(name, table[name][newest], newest.start, strict) for name in names}, rows
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #a6e45827
+# %% ../../nbs/inference/40s_request_bodies.ipynb #45f0821f
+def _may_hold_truths(body: bytes) -> bool:
+    return body.find(b"f") >= 0 or body.find(b"r", body.find(b"r") + 1) >= 0
+
+
 def _column(name: str, values: list, first: int, strict: bool) -> np.ndarray:
     if name == "ts":
-        return _times(values, first)
+        return _times(values, first, strict)
     if name == "is_filled":
         _check_kinds(values, first, "is_filled", {bool}, "Send true and false.")
         return np.array(values, bool)
     if name in OPTIONAL_BAR_COLUMNS:  # an exchange that does not tell leaves a hole
         values = [math.nan if value is None else value for value in values]
     try:
-        found = np.frombuffer(array("d", values))
-    except TypeError:
+        found = np.frombuffer(pack(f"{len(values)}d", *values))
+    except struct_error:
         strict = True
     if strict:
         _check_kinds(values, first, name, {int, float}, "Send JSON numbers, without quotes.")
@@ -179,13 +187,15 @@ def _check_kinds(values: list, first: int, name: str, kinds: set[type], todo: st
 _LAST_MS = 253_402_300_800_000  # the year 10,000
 
 
-def _times(values: list, first: int) -> np.ndarray:
+def _times(values: list, first: int, strict: bool) -> np.ndarray:
     todo = "Send milliseconds since 1970 as integers, or ISO 8601 text such as 2024-01-31T00:00:00Z."
     kind, read = (str, _from_text) if values and type(values[0]) is str else (int, _from_ms)
-    _check_kinds(values, first, "ts", {kind}, todo)
+    if strict:
+        _check_kinds(values, first, "ts", {kind}, todo)
     try:
         return read(values)
-    except (ValueError, OverflowError):
+    except (TypeError, AttributeError, ValueError, struct_error):
+        _check_kinds(values, first, "ts", {kind}, todo)
         odd = next(value for value in values if _fails(read, value))
         raise DataError("ts holds something that is no time", _shown(odd), todo) from None
 
@@ -193,13 +203,13 @@ def _times(values: list, first: int) -> np.ndarray:
 def _fails(read: Callable[[list], np.ndarray], value: object) -> bool:
     try:
         return not len(read([value]))
-    except (ValueError, OverflowError):
+    except (ValueError, struct_error):
         return True
 
 # %% ../../nbs/inference/40s_request_bodies.ipynb #74d75448
 def _from_ms(values: list) -> np.ndarray:
-    found = np.frombuffer(array("q", values), "int64")
-    if not ((found >= 0) & (found < _LAST_MS)).all():
+    found = np.frombuffer(pack(f"{len(values)}q", *values), "int64")
+    if len(found) and not 0 <= found.min() <= found.max() < _LAST_MS:
         raise ValueError
     return (found * 1000).view("datetime64[us]")
 
