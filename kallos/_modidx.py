@@ -2027,6 +2027,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                              'kallos/inference/bar_arrays.py'),
                                              'kallos.inference.bar_arrays._check_times': ( 'inference/bar_arrays.html#_check_times',
                                                                                            'kallos/inference/bar_arrays.py'),
+                                             'kallos.inference.bar_arrays._is_plain': ( 'inference/bar_arrays.html#_is_plain',
+                                                                                        'kallos/inference/bar_arrays.py'),
                                              'kallos.inference.bar_arrays._refuse': ( 'inference/bar_arrays.html#_refuse',
                                                                                       'kallos/inference/bar_arrays.py'),
                                              'kallos.inference.bar_arrays.arrays_of': ( 'inference/bar_arrays.html#arrays_of',

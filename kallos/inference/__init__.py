@@ -221,6 +221,11 @@ __getattr__, __dir__, __all__ = lazy(
             "complete",
             "faults",
         ),
+        "server": (
+            "BoundedProtocol",
+            "build",
+            "serve",
+        ),
         "serving": (
             "Service",
             "ShortWay",
@@ -230,11 +235,6 @@ __getattr__, __dir__, __all__ = lazy(
             "make_app",
             "make_service",
             "predict",
-        ),
-        "server": (
-            "BoundedProtocol",
-            "build",
-            "serve",
         ),
     },
 )
