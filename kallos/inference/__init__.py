@@ -197,14 +197,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Page",
             "read_page",
         ),
-        "border": (
-            "Border",
-            "Visit",
-            "fault",
-            "line_of",
-            "refusal_of",
-            "refuse",
-        ),
         "contract": (
             "Bars",
             "Columns",
@@ -221,11 +213,6 @@ __getattr__, __dir__, __all__ = lazy(
             "complete",
             "faults",
         ),
-        "server": (
-            "BoundedProtocol",
-            "build",
-            "serve",
-        ),
         "serving": (
             "Service",
             "ShortWay",
@@ -235,6 +222,19 @@ __getattr__, __dir__, __all__ = lazy(
             "make_app",
             "make_service",
             "predict",
+        ),
+        "border": (
+            "Border",
+            "Visit",
+            "fault",
+            "line_of",
+            "refusal_of",
+            "refuse",
+        ),
+        "server": (
+            "BoundedProtocol",
+            "build",
+            "serve",
         ),
     },
 )

@@ -174,14 +174,14 @@ class Border:
             return
         headers = dict(scope["headers"])
         visit = scope["visit"] = Visit(headers.get(b"x-request-id", b""), b"%s-%x" % (self._name, next(self._number)))
-        room = self._inside < self._settings.concurrency or scope["path"] in _OPEN
-        self._inside += room
+        waiting = scope.get("waiting", self._inside)
+        room = waiting < self._settings.concurrency or scope["path"] in _OPEN
+        self._inside += 1
         try:
-            await asyncio.sleep(0)
             admit = partial(_admit, scope, headers, visit, self._ring, room)
             await _serve(self._app, scope, receive, send, admit=admit, seconds=self._settings.timeout)
         finally:
-            self._inside -= room
+            self._inside -= 1
             _note(visit, scope, self._metrics, self._write, self._inside)
 
 # %% ../../nbs/inference/40w_border.ipynb #4e18c7a0

@@ -50,6 +50,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self.in_head, self.head = True, 0
         super().on_message_begin()
+        self.scope["waiting"] = len(self.tasks)
 
     def on_headers_complete(self) -> None:
         self.in_head = False
