@@ -34,14 +34,6 @@ __getattr__, __dir__, __all__ = lazy(
             "sign_manifest",
             "zip_bytes",
         ),
-        "bundle_sources": (
-            "Source",
-            "Trained",
-            "Verdict",
-            "label_settings",
-            "read_source",
-            "read_verdict",
-        ),
         "members": (
             "Member",
             "Prepared",
@@ -155,6 +147,14 @@ __getattr__, __dir__, __all__ = lazy(
             "answer_task",
             "prove_bundle",
         ),
+        "bundle_sources": (
+            "Source",
+            "Trained",
+            "Verdict",
+            "label_settings",
+            "read_source",
+            "read_verdict",
+        ),
         "service_settings": (
             "ServiceSettings",
             "is_loopback",
@@ -197,6 +197,14 @@ __getattr__, __dir__, __all__ = lazy(
             "Page",
             "read_page",
         ),
+        "border": (
+            "Border",
+            "Visit",
+            "fault",
+            "line_of",
+            "refusal_of",
+            "refuse",
+        ),
         "contract": (
             "Bars",
             "Columns",
@@ -222,14 +230,6 @@ __getattr__, __dir__, __all__ = lazy(
             "make_app",
             "make_service",
             "predict",
-        ),
-        "border": (
-            "Border",
-            "Visit",
-            "fault",
-            "line_of",
-            "refusal_of",
-            "refuse",
         ),
         "server": (
             "BoundedProtocol",
