@@ -20,6 +20,7 @@ from .data_commands import data_app
 from .ensemble_commands import ensemble_app
 from .evaluate_commands import evaluate_app
 from .run_commands import run_app
+from .serve_commands import serve_app
 from .validation_commands import validation_app
 
 # %% ../nbs/60_main.ipynb #662860c7
@@ -30,7 +31,17 @@ The database is --db-url, else KALLOS_DB_URL, else data/kallos.db. First steps: 
 Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted; 4 a step failed;
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
-for commands in (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app, bundle_app):
+for commands in (
+    data_app,
+    audit_app,
+    run_app,
+    validation_app,
+    ensemble_app,
+    evaluate_app,
+    backtest_app,
+    bundle_app,
+    serve_app,
+):
     app.add_typer(commands)
 
 

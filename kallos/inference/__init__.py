@@ -165,12 +165,6 @@ __getattr__, __dir__, __all__ = lazy(
             "read_keys",
             "revoke_key",
         ),
-        "shelf": (
-            "Entry",
-            "Shelf",
-            "speaking",
-            "watch",
-        ),
         "request_bodies": (
             "Gone",
             "Question",
@@ -235,6 +229,12 @@ __getattr__, __dir__, __all__ = lazy(
             "BoundedProtocol",
             "build",
             "serve",
+        ),
+        "shelf": (
+            "Entry",
+            "Shelf",
+            "speaking",
+            "watch",
         ),
     },
 )

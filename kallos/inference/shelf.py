@@ -8,7 +8,7 @@ __all__ = ['Entry', 'speaking', 'Shelf', 'watch']
 # %% ../../nbs/inference/40r_shelf.ipynb #f5345320
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,17 @@ from ..core.runs import read_json
 if TYPE_CHECKING:
     from kallos.inference.bundle import Bundle
 
-# %% ../../nbs/inference/40r_shelf.ipynb #4c960b32
-_DRIFT = "drift"
-
-
-def _bundles_of(folder: Path) -> Iterator[Path]:
+# %% ../../nbs/inference/40r_shelf.ipynb #5f6ca1a0
+def _bundles_of(folder: Path, known: Iterable[str] = ()) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and path.name != _DRIFT and (path.is_dir() or path.suffix == ".zip"):
+        if not path.name.startswith(".") and (path.name in known or _looks_like_one(path)):
             yield path
+
+
+def _looks_like_one(path: Path) -> bool:
+    if not path.is_dir():
+        return path.suffix == ".zip"
+    return path.name.endswith("_bundle") or any((path / name).exists() for name in ("model.onnx", "golden.json"))
 
 
 def _stamp(path: Path) -> tuple:
@@ -71,7 +74,7 @@ class Shelf:
     def look(self) -> None:
         """Takes up what has changed; the first look takes everything as it lies."""
         try:
-            stamps = {path.name: _stamp(path) for path in _bundles_of(self.folder)}
+            stamps = {path.name: _stamp(path) for path in _bundles_of(self.folder, self.entries)}
         except OSError as error:  # the whole folder is away for a moment: what was loaded goes on
             self._faults = _said({str(self.folder): error.strerror}, self._faults)
             return
@@ -147,7 +150,7 @@ def _last_good(kept: Path | None, name: str, load: Callable) -> "Bundle | None":
 def _drift_of(folder: Path, models: dict[str, "Bundle"]) -> tuple[dict[str, dict], dict[str, str]]:
     found, faults = {}, {}
     for model in models:
-        path = folder / _DRIFT / f"{model}.json"
+        path = folder / "drift" / f"{model}.json"
         if path.is_file():
             try:
                 found[model] = read_json(path, what="drift report")
