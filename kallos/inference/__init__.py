@@ -236,5 +236,9 @@ __getattr__, __dir__, __all__ = lazy(
             "speaking",
             "watch",
         ),
+        "client": (
+            "Client",
+            "as_columns",
+        ),
     },
 )
