@@ -191,14 +191,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Page",
             "read_page",
         ),
-        "border": (
-            "Border",
-            "Visit",
-            "fault",
-            "line_of",
-            "refusal_of",
-            "refuse",
-        ),
         "contract": (
             "Bars",
             "Columns",
@@ -225,11 +217,6 @@ __getattr__, __dir__, __all__ = lazy(
             "make_service",
             "predict",
         ),
-        "server": (
-            "BoundedProtocol",
-            "build",
-            "serve",
-        ),
         "shelf": (
             "Entry",
             "Shelf",
@@ -239,6 +226,19 @@ __getattr__, __dir__, __all__ = lazy(
         "client": (
             "Client",
             "as_columns",
+        ),
+        "border": (
+            "Border",
+            "Visit",
+            "fault",
+            "line_of",
+            "refusal_of",
+            "refuse",
+        ),
+        "server": (
+            "BoundedProtocol",
+            "build",
+            "serve",
         ),
     },
 )

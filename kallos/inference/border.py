@@ -177,6 +177,7 @@ class Border:
         waiting = scope.get("waiting", self._inside)
         room = waiting < self._settings.concurrency or scope["path"] in _OPEN
         self._inside += 1
+        count_inside(self._metrics, self._inside)
         try:
             admit = partial(_admit, scope, headers, visit, self._ring, room)
             await _serve(self._app, scope, receive, send, admit=admit, seconds=self._settings.timeout)

@@ -185,10 +185,17 @@ def _run_one(config: Config, door: socket.socket) -> None:
         signal.signal(number, stop)
     server.run(sockets=[door])
 
-# %% ../../nbs/inference/41a_server.ipynb #5f0c69ac
+# %% ../../nbs/inference/41a_server.ipynb #929e6b30
+class _Supervisor(Multiprocess):
+    def terminate_all(self) -> None:
+        for door in self.sockets:
+            door.close()
+        super().terminate_all()
+
+
 def _run_several(config: Config, door: socket.socket) -> None:
     _log_as_json()
-    supervisor = Multiprocess(config, sockets=[door])
+    supervisor = _Supervisor(config, sockets=[door])
     supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise ConfigError("a worker could not begin", next_step="The log above says why.")
