@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -68,12 +68,19 @@ def _admit(scope: dict, headers: dict[bytes, bytes], visit: Visit, ring: KeyRing
         if not _is_own_name(headers.get(b"host", b"")):
             raise Refusal(421, "wrong_host", "without keys this service answers to localhost and 127.0.0.1 alone.")
         return
-    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-    shown = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-    visit.holder = ring.holder(shown) if shown else None
-    if visit.holder is None:
+    holders = {ring.holder(key) for key in _shown_keys(headers)}
+    if not holders or None in holders:
         reason = "this needs a key that is valid. Send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
         raise Refusal(401, "unauthorized", reason, {"www-authenticate": "Bearer"})
+    (visit.holder, *_) = holders
+
+
+def _shown_keys(headers: dict[bytes, bytes]) -> Iterator[bytes]:
+    if (shown := headers.get(b"authorization")) is not None:
+        scheme, _, key = shown.partition(b" ")
+        yield key.strip() if scheme.lower() == b"bearer" else b""
+    if (shown := headers.get(b"x-api-key")) is not None:
+        yield shown
 
 
 @lru_cache(64)

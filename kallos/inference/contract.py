@@ -18,22 +18,25 @@ class Columns(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     ts: list[int] | list[str] = Field(description="Open times: milliseconds since 1970, or ISO 8601 text.")
-    open: list[float] | None = Field(None, description="Prices, above zero.")
-    high: list[float] | None = Field(None, description="The highest price of the bar.")
-    low: list[float] | None = Field(None, description="The lowest price of the bar.")
-    close: list[float] | None = Field(None, description="The last price of the bar.")
-    volume: list[float] | None = Field(None, description="Traded amount, zero or above.")
-    is_filled: list[bool] | None = Field(None, description="True where no exchange printed the bar.")
+    open: list[float] = Field([], description="Prices, above zero.")
+    high: list[float] = Field([], description="The highest price of the bar.")
+    low: list[float] = Field([], description="The lowest price of the bar.")
+    close: list[float] = Field([], description="The last price of the bar.")
+    volume: list[float] = Field([], description="Traded amount, zero or above.")
+    is_filled: list[bool] = Field([], description="True where no exchange printed the bar.")
+
+
+_WAYS = [{"required": ["bars"]}, {"required": ["asset_id", "timeframe"]}]
 
 
 class Question(BaseModel):
-    """What is asked of a model."""
+    """What is asked of a model: of these bars, or of the newest ones of the store."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"anyOf": _WAYS})
 
-    bars: Columns | dict[str, Columns] | None = Field(None, description="Columns; of several assets columns by asset.")
-    asset_id: str | None = Field(None, description="Without bars: take the newest ones of this asset from the store.")
-    timeframe: str | None = Field(None, description="Length of a bar, e.g. 1d.")
+    bars: Columns | dict[str, Columns] = Field({}, description="Columns; of several assets columns by asset.")
+    asset_id: str = Field("", description="Without bars: take the newest ones of this asset from the store.")
+    timeframe: str = Field("", description="Length of a bar, e.g. 1d.")
     level: float = Field(0.9, gt=0, lt=1, description="Share of truths that the interval is to hold.")
 
 # %% ../../nbs/inference/40x_contract.ipynb #ffcef6dc
@@ -192,13 +195,22 @@ def body_of_question() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
+def _without_defaults(schema: Any) -> Any:
+    """What may be left out has no default that could be sent in its place, but for the level."""
+    if isinstance(schema, list):
+        return [_without_defaults(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: _without_defaults(v) for k, v in schema.items() if k != "default" or isinstance(v, float)}
+
+
 def complete(
     document: dict[str, Any],  # as FastAPI writes it
     *,
     keys: bool,  # whether the service asks for one
 ) -> dict[str, Any]:
     """The document with the schemas of a question, and how to show a key."""
-    own = Question.model_json_schema(ref_template=_REF)
+    own = _without_defaults(Question.model_json_schema(ref_template=_REF))
     parts = document.setdefault("components", {})
     parts.setdefault("schemas", {}).update(own.pop("$defs") | {"Question": own})
     if keys:
