@@ -1993,6 +1993,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'kallos/inference/answers.py'),
                                           'kallos.inference.answers._probabilities': ( 'inference/answers.html#_probabilities',
                                                                                        'kallos/inference/answers.py'),
+                                          'kallos.inference.answers._run': ('inference/answers.html#_run', 'kallos/inference/answers.py'),
                                           'kallos.inference.answers._say': ('inference/answers.html#_say', 'kallos/inference/answers.py'),
                                           'kallos.inference.answers._why': ('inference/answers.html#_why', 'kallos/inference/answers.py'),
                                           'kallos.inference.answers.answer_newest': ( 'inference/answers.html#answer_newest',
