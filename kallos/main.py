@@ -31,17 +31,8 @@ The database is --db-url, else KALLOS_DB_URL, else data/kallos.db. First steps: 
 Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted; 4 a step failed;
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
-for commands in (
-    data_app,
-    audit_app,
-    run_app,
-    validation_app,
-    ensemble_app,
-    evaluate_app,
-    backtest_app,
-    bundle_app,
-    serve_app,
-):
+_RESEARCH = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
+for commands in (*_RESEARCH, bundle_app, serve_app):
     app.add_typer(commands)
 
 

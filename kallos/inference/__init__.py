@@ -173,19 +173,16 @@ __getattr__, __dir__, __all__ = lazy(
             "speaking",
             "watch",
         ),
+        "page": (
+            "Page",
+            "read_page",
+        ),
         "request_bodies": (
             "Gone",
             "Question",
             "Refusal",
             "read_body",
             "read_question",
-        ),
-        "replies": (
-            "BarStore",
-            "Memory",
-            "closed_at",
-            "content_of",
-            "render",
         ),
         "service_metrics": (
             "ServiceMetrics",
@@ -195,9 +192,20 @@ __getattr__, __dir__, __all__ = lazy(
             "forget_the_dead",
             "scrape",
         ),
-        "page": (
-            "Page",
-            "read_page",
+        "serving": (
+            "ShortWay",
+            "make_app",
+        ),
+        "client": (
+            "Client",
+            "as_columns",
+        ),
+        "replies": (
+            "BarStore",
+            "Memory",
+            "closed_at",
+            "content_of",
+            "render",
         ),
         "border": (
             "Border",
@@ -223,24 +231,23 @@ __getattr__, __dir__, __all__ = lazy(
             "complete",
             "faults",
         ),
-        "serving": (
-            "Service",
-            "ShortWay",
-            "describe",
-            "describe_all",
-            "describe_fully",
-            "make_app",
-            "make_service",
-            "predict",
-        ),
         "server": (
             "BoundedProtocol",
             "build",
             "serve",
         ),
-        "client": (
-            "Client",
-            "as_columns",
+        "listing": (
+            "bundle_of",
+            "describe",
+            "describe_all",
+            "describe_fully",
+        ),
+        "asking": (
+            "Service",
+            "in_thread",
+            "make_service",
+            "predict",
+            "store_of",
         ),
     },
 )
