@@ -20,6 +20,13 @@ __getattr__, __dir__, __all__ = lazy(
             "read_keys",
             "revoke_key",
         ),
+        "asking": (
+            "Service",
+            "in_thread",
+            "make_service",
+            "predict",
+            "store_of",
+        ),
         "bar_arrays": (
             "Arrays",
             "arrays_of",
@@ -127,6 +134,12 @@ __getattr__, __dir__, __all__ = lazy(
             "append_forecasts",
             "check_continues",
             "stored_forecasts",
+        ),
+        "listing": (
+            "bundle_of",
+            "describe",
+            "describe_all",
+            "describe_fully",
         ),
         "members": (
             "Member",
@@ -253,14 +266,8 @@ __getattr__, __dir__, __all__ = lazy(
             "is_loopback",
         ),
         "serving": (
-            "Service",
             "ShortWay",
-            "describe",
-            "describe_all",
-            "describe_fully",
             "make_app",
-            "make_service",
-            "predict",
         ),
         "shelf": (
             "Entry",
