@@ -120,18 +120,20 @@ def on_log_scale(
     ruler: Ruler,  # of the column
     rows: int,  # of the window
 ) -> np.ndarray:
-    """(..., 2) logarithms of the distances, after a small constant."""
-    return np.log(np.asarray(distances, float) + _least(ruler, rows))
+    """(..., 2) the distances as numbers without an end on either side."""
+    index, other = np.moveaxis(np.asarray(distances, float), -1, 0)
+    gap = (other * rows + 0.5) / (rows + 1)
+    second = np.log(other + 1) if ruler.is_category else np.log(-np.log1p(-gap))
+    return np.stack([np.log(index + 1 / rows), second], axis=-1)
 
 
 def from_log_scale(
-    values: ArrayLike,  # as `on_log_scale` returned them
+    values: ArrayLike,  # (..., 2) as `on_log_scale` returned them
     ruler: Ruler,  # of the column
     rows: int,  # of the window
 ) -> np.ndarray:
-    """The distances again, 0 or more."""
-    return np.maximum(np.exp(np.asarray(values, float)) - _least(ruler, rows), 0)
-
-
-def _least(ruler: Ruler, rows: int) -> np.ndarray:
-    return np.array([1 / rows, 1.0 if ruler.is_category else 1 / rows])
+    """(..., 2) the distances again, 0 or more."""
+    index, other = np.moveaxis(np.asarray(values, float), -1, 0)
+    gap = -np.expm1(-np.exp(other))
+    second = np.expm1(other) if ruler.is_category else (gap * (rows + 1) - 0.5) / rows
+    return np.maximum(np.stack([np.exp(index) - 1 / rows, second], axis=-1), 0)

@@ -64,6 +64,7 @@ class Yardstick:
     spreads: np.ndarray  # (s) its deviation
     middle: float  # mean of the largest scores
     width: float  # their deviation, and what is not known of it
+    skew: float  # their skewness, 0 to 1
     n_windows: float  # that lie side by side
 
     def p_values(
@@ -74,7 +75,14 @@ class Yardstick:
         from scipy.special import stdtr
 
         scores = (np.asarray(observed, float) - self.means) / self.spreads
-        return stdtr(1.5 * self.n_windows, -(scores - self.middle) / self.width)
+        return stdtr(1.5 * self.n_windows, -_straight((scores - self.middle) / self.width, self.skew / 6))
+
+
+def _straight(leaning: np.ndarray, sixth: float) -> np.ndarray:
+    """The t of t + sixth (t² - 1) = leaning."""
+    if sixth < 1e-6:
+        return leaning
+    return (np.sqrt(np.maximum(1 + 4 * sixth * (leaning + sixth), 0)) - 1) / (2 * sixth)
 
 # %% ../../nbs/inference/41k_drift_windows.ipynb #51cb16ed
 def limits(
@@ -86,7 +94,8 @@ def limits(
 
     if not 0 < rate < 0.5:
         raise ConfigError("a rate of false alarms is a share", rate, "Give one between 0 and 0.5, such as 0.05.")
-    score = yardstick.middle + yardstick.width * stdtrit(1.5 * yardstick.n_windows, 1 - rate)
+    t = stdtrit(1.5 * yardstick.n_windows, 1 - rate)
+    score = yardstick.middle + yardstick.width * (t + yardstick.skew / 6 * (t**2 - 1))
     return yardstick.means + score * yardstick.spreads
 
 
@@ -103,9 +112,10 @@ def learn_yardstick(
     values, count = np.asarray(statistics, float), n_rows / rows
     means, spreads = _of_others(values, starts, rows + memory)
     scores = ((values - means) / np.maximum(spreads, floor)).max(axis=1)
-    width = scores.std() * math.sqrt(count / (count - 1)) * math.sqrt(1 + 1 / count)
-    deviations = np.maximum(values.std(axis=0), floor)
-    return Yardstick(values.mean(axis=0), deviations, float(scores.mean()), float(max(width, 1e-9)), count)
+    middle, deviation = float(scores.mean()), float(max(scores.std(), 1e-9))
+    width = deviation * math.sqrt(count / (count - 1)) * math.sqrt(1 + 1 / count)
+    skew = float(np.clip(np.mean(((scores - middle) / deviation) ** 3), 0, 1))
+    return Yardstick(values.mean(axis=0), np.maximum(values.std(axis=0), floor), middle, width, skew, count)
 
 # %% ../../nbs/inference/41k_drift_windows.ipynb #c0691d63
 def _of_others(values: np.ndarray, starts: np.ndarray, apart: int) -> tuple[np.ndarray, np.ndarray]:

@@ -89,14 +89,18 @@ def _sizes(errors: Errors) -> tuple[np.ndarray, np.ndarray]:
 
 def _statistics(errors: Errors, reference: Errors, half_width: float | None) -> dict[str, np.ndarray]:
     """By name, what grows as things get worse; (windows) each."""
-    figures, slope = figures_of(errors, half_width), {}
+    figures = figures_of(errors, half_width)
     size = "brier" if errors.losses else "rmse"
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {size: np.log(figures[size]), "skill": np.log1p(-figures["skill"])}
     if not errors.losses:
-        slope = {"slope, too bold": -figures["slope"], "slope, too timid": figures["slope"]}
-        found |= slope | {"coverage": -figures["coverage"]}
-    return found | {name: climbed.max(axis=-1) for name, climbed in _climbs(errors, reference).items()}
+        outside = np.arcsin(np.sqrt(1 - figures["coverage"]))
+        found |= {"slope, too bold": -figures["slope"], "slope, too timid": figures["slope"], "coverage": outside}
+    climbs = _climbs(errors, reference).items()
+    return found | {name: np.log(climbed.max(axis=-1) + _LEAST_CLIMB) for name, climbed in climbs}
+
+
+_LEAST_CLIMB = 0.25
 
 # %% ../../nbs/inference/41n_performance_drift.ipynb #e7b38df7
 def performance_drift(
@@ -125,7 +129,8 @@ def performance_drift(
 
 # %% ../../nbs/inference/41n_performance_drift.ipynb #340f0a48
 _BACK = {"rmse": np.exp, "brier": np.exp, "skill": lambda value: 1 - np.exp(value)}
-_BACK |= dict.fromkeys(("slope, too bold", "coverage"), np.negative)
+_BACK |= {"slope, too bold": np.negative, "coverage": lambda angle: np.cos(np.clip(angle, 0, np.pi / 2)) ** 2}
+_BACK |= dict.fromkeys(("change in errors", "change against naive"), lambda value: np.exp(value) - _LEAST_CLIMB)
 
 
 def _table(
@@ -136,9 +141,9 @@ def _table(
     for name, value in new.items():
         plain = name.partition(",")[0]
         both = [float(each[plain]) if plain in each else None for each in figures]
-        now, before = (float(value), np.nan) if both[0] is None else both
-        bound = bounds.get(name, np.nan)
-        rows[name] = {"recent": now, "reference": before, "bound": float(_BACK.get(name, float)(bound))}
+        back = _BACK.get(name, float)
+        now, before = (float(back(value)), np.nan) if both[0] is None else both
+        rows[name] = {"recent": now, "reference": before, "bound": float(back(bounds.get(name, np.nan)))}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("figure")
 
 # %% ../../nbs/inference/41n_performance_drift.ipynb #15b91a2d
