@@ -260,6 +260,13 @@ __getattr__, __dir__, __all__ = lazy(
             "rows_in_time",
             "touches",
         ),
+        "purged": (
+            "CombinatorialPurgedCV",
+            "MOST_SPLITS",
+            "PurgedKFold",
+            "group_edges",
+            "path_folds",
+        ),
         "splits": (
             "ChronologicalSplit",
             "FoldBounds",
@@ -267,16 +274,8 @@ __getattr__, __dir__, __all__ = lazy(
             "Splitter",
             "TrainWindow",
             "WalkForwardSplit",
-            "date_bounds",
             "layout_table",
             "walk_forward_bounds",
-        ),
-        "purged": (
-            "CombinatorialPurgedCV",
-            "MOST_SPLITS",
-            "PurgedKFold",
-            "group_edges",
-            "path_folds",
         ),
     },
 )

@@ -218,7 +218,7 @@ def hour_wave(
     seconds = _seconds(bars)
     return _turn(wave, 86_400)[seconds - seconds // 86_400 * 86_400]
 
-
+# %% ../../nbs/data/12b_indicators.ipynb #c02a6345
 def weekday_wave(
     bars: Columns,  # reads ts
     *,

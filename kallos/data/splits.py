@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainWindow', 'Splitter', 'FoldBounds', 'walk_forward_bounds', 'WalkForwardSplit', 'SpanSplitter',
-           'ChronologicalSplit', 'date_bounds', 'layout_table']
+           'ChronologicalSplit', 'layout_table']
 
 # %% ../../nbs/data/15_splits.ipynb #31270bc3
 from abc import ABC, abstractmethod
@@ -246,21 +246,6 @@ def _cut(spans: Spans, end: float | str | date | None, begin: int) -> int:
 def _moment(end: str | date) -> int:
     """Nanoseconds since 1970."""
     return to_utc(end).as_unit("ns").value
-
-# %% ../../nbs/data/15_splits.ipynb #05bca0a7
-def date_bounds(
-    ts: pd.DatetimeIndex,  # rising times at which the rows are known
-    *,
-    end: pd.Timestamp,  # the last moment that training may see
-    horizon: int,  # bars ahead that a row is forecast
-) -> FoldBounds:
-    """The fold that trains up to `end` and validates on everything after; ConfigError if a side is empty."""
-    first = int(ts.searchsorted(end, side="right"))
-    if first <= horizon or first == len(ts):
-        raise ConfigError(
-            f"no rows on one side of the end date: the table runs from {ts[0]} to {ts[-1]}", received=str(end)
-        )
-    return FoldBounds(0, 0, first - horizon, first, len(ts))
 
 # %% ../../nbs/data/15_splits.ipynb #5659b92c
 def layout_table(

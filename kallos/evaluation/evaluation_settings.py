@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import optuna
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from sqlalchemy import inspect
 
 from ..core.config import RunSettings, SchemaName, TuneSettings, as_parameters, find_file, parse_moment
@@ -45,12 +45,6 @@ class EvaluateSettings(FoldSettings):
     level: float = Field(0.05, gt=0, lt=0.5, description="how often chance may be taken for skill")
     importance_repeats: int = Field(5, ge=0, le=100, description="moves of each input; 0: no importance")
     optuna_schema: SchemaName = Field("optuna", description="PostgreSQL schema of the study")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _labels_know_no_epochs(cls, values: Any) -> Any:
-        labelled = isinstance(values, dict) and values.get("splits")
-        return values | {"n_epochs": None} if labelled else values  # an inner tail says when to stop
 
     @property
     def title(self) -> str:

@@ -112,7 +112,7 @@ def half_width(
         raise ConfigError("the bundle has no interval of this level", level, f"It has {', '.join(widths)}.")
     return widths.get(f"{level:g}", np.nan)
 
-
+# %% ../../nbs/inference/39e_answers.ipynb #073267ad
 def answer_newest(
     parts: PackedModel,  # to ask
     bars: Mapping[str, Arrays],  # checked, by asset

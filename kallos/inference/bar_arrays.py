@@ -97,7 +97,7 @@ def _check_bounds(bars: Arrays, what: str) -> None:
     if low is not None and others and (wrong := low > np.minimum.reduce(others)).any():
         _refuse(wrong, bars["ts"], f"{what}: the low is not the lowest price", low)
 
-
+# %% ../../nbs/inference/39b_bar_arrays.ipynb #d77659da
 def check_arrays(
     bars: Arrays,  # n bars
     *,

@@ -39,9 +39,7 @@ class Bundle(PackedModel):
 
     def forecast(self, columns: Arrays | Mapping[str, Arrays], *, level: float = 0.9) -> Answer:
         """The forecast after the newest bar, from arrays, of several assets by asset; DataError on no bars."""
-        bars = by_asset(self, columns)
-        check_all(self, bars)
-        return answer_newest(self, bars, level)
+        return _forecast(self, columns, level)
 
     def predict(self, bars: Any, *, since: str | date | None = None, level: float = 0.9) -> pd.DataFrame:
         """A row for the newest bar, or for each that closed after `since`; DataError on what is no bars."""
@@ -52,6 +50,12 @@ class Bundle(PackedModel):
         return _features(self, bars, since)
 
 # %% ../../nbs/inference/40_bundle.ipynb #f2a7b93f
+def _forecast(bundle: Bundle, columns: Arrays | Mapping[str, Arrays], level: float) -> Answer:
+    bars = by_asset(bundle, columns)
+    check_all(bundle, bars)
+    return answer_newest(bundle, bars, level)
+
+
 def _arrays(bundle: Bundle, bars: Any) -> dict[str, Arrays]:
     """By asset; DataError on bars that are none."""
     given = by_asset(bundle, {bundle.asset_id: bars} if isinstance(bars, pd.DataFrame) else bars)

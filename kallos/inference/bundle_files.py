@@ -126,7 +126,7 @@ class BundleFiles:
     files: dict[str, bytes]  # but for the manifest and the signature
     digest: str  # SHA-256 of the manifest's bytes, in hexadecimal
 
-
+# %% ../../nbs/inference/39_bundle_files.ipynb #33aea20b
 def read_bundle_files(
     path: str | Path,  # a folder, or a zip
     *,
@@ -192,7 +192,7 @@ def _check_signature(manifest: bytes, signature: bytes | None, key: "Ed25519Publ
     except (InvalidSignature, ValueError) as error:
         raise ArtifactError("the signature is not by the configured key, or the manifest was changed") from error
 
-
+# %% ../../nbs/inference/39_bundle_files.ipynb #7b4b9027
 def sign_manifest(
     manifest: bytes,  # the text of manifest.json
     private_key: str | Path,  # Ed25519 key as a PEM file, without a password

@@ -18,7 +18,7 @@ from ..data.causal import run_spans
 from ..data.indicators import realised_volatility
 from .bar_arrays import Arrays, step_of
 from .recipes import Recipe, bars_needed, compute_recipes, newest_rows
-from .scaling import Scaling
+from .scaling import Scaling, read_scaling
 
 # %% ../../nbs/inference/39c_members.ipynb #5cbaa50f
 def run_lengths(
@@ -72,7 +72,7 @@ def _settled(bars: Arrays, labels: Mapping[str, float], timeframe: str) -> np.nd
     found[end] = np.log(_exits(bars, opened, unit, labels) / close[opened])
     return found
 
-
+# %% ../../nbs/inference/39c_members.ipynb #393a3317
 def _unit(bars: Arrays, labels: Mapping[str, float], timeframe: str) -> np.ndarray:
     """(n) units of volatility over the horizon, as shares of the price."""
     volatility, window = np.full(len(bars["ts"]), np.nan), int(labels["window"])
@@ -113,20 +113,19 @@ class Member:
     frequencies: tuple[float, ...]  # of a classifier: shares of down, flat and up in its training rows
     inputs: tuple[str, str]  # names of the graph's inputs: target, features
     output: str  # name of what the graph says
+    bars_needed: int  # the newest bars that one forecast needs
+    columns: tuple[str, ...]  # of the bars that it reads, ts first
 
-    @property
-    def bars_needed(self) -> int:
-        """The newest bars that one forecast needs."""
-        labels = self.labels or {}
-        behind = {"log_return": 1, "return": int(labels.get("window", 0) + labels.get("horizon", 0))}
-        rows = bars_needed(self.recipes, timeframe=self.timeframe, rows=self.length)
-        return max(rows, self.length + behind.get(self.target, 0))
+# %% ../../nbs/inference/39c_members.ipynb #31563cde
+def _needed(recipes: list[Recipe], about: Mapping[str, Any], timeframe: str, target: str) -> int:
+    labels, rows = about["labels"] or {}, about["input_chunk_length"]
+    behind = {"log_return": 1, "return": int(labels.get("window", 0) + labels.get("horizon", 0))}
+    return max(bars_needed(recipes, timeframe=timeframe, rows=rows), rows + behind.get(target, 0))
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of the bars that it reads, ts first."""
-        own = {"return": ("open", "high", "low")}.get(self.target, ())
-        return tuple(dict.fromkeys(["ts", *(name for recipe in self.recipes for name in recipe.inputs), "close", *own]))
+
+def _columns(recipes: list[Recipe], target: str) -> tuple[str, ...]:
+    own = ("open", "high", "low") if target == "return" else ()
+    return tuple(dict.fromkeys(["ts", *(name for recipe in recipes for name in recipe.inputs), "close", *own]))
 
 # %% ../../nbs/inference/39c_members.ipynb #29edbbc6
 def read_member(
@@ -141,12 +140,13 @@ def read_member(
     names = [recipe.name for recipe in recipes]
     if names != about["features"] or len({*names}) < len(names) or not names:
         raise ArtifactError(f"the features of {about['label']} are not those of its manifest", names, "Make it again.")
-    own = Scaling.of(numbers, () if target == "label" else (target,))
+    own = read_scaling(numbers, () if target == "label" else (target,))
     center, scale = (0.0, 1.0) if target == "label" else (float(own.center[0]), float(own.scale[0]))
     plain = {name: about[name] for name in ("label", "asset_id", "labels", "output")}
     plain |= {"inputs": tuple(about["inputs"]), "frequencies": tuple(about["frequencies"] or ())}
     what = {"timeframe": timeframe, "target": target, "length": about["input_chunk_length"], "recipes": recipes}
-    return Member(**plain, **what, scaling=Scaling.of(numbers, tuple(names)), center=center, scale=scale)
+    what |= {"bars_needed": _needed(recipes, about, timeframe, target), "columns": _columns(recipes, target)}
+    return Member(**plain, **what, scaling=read_scaling(numbers, tuple(names)), center=center, scale=scale)
 
 # %% ../../nbs/inference/39c_members.ipynb #6ed4cf22
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
-
+# %% ../../nbs/inference/39d_packed_models.ipynb #f6cb2cca
 def _faults(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "id is no name", not _NAME.fullmatch(str(manifest.get("id")))
     for name in ("asset_id", "model"):

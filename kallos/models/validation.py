@@ -22,10 +22,10 @@ from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput, To
 from ..core.columns import timeframe_delta
 from ..core.config import RunSettings
 from ..core.devices import limit_threads
-from ..core.errors import TrainingError
+from ..core.errors import ConfigError, TrainingError
 from ..core.runs import derive_seed
 from ..core.schemas import FORECASTS, check_table
-from ..data.splits import FoldBounds, date_bounds
+from ..data.splits import FoldBounds
 from .architectures import MODELS, longest_input
 from .datasets import Blocks, DartsFold, fold_from_blocks
 from .fits import Fit, FitPlan, Weights, fit_fold, trim
@@ -175,7 +175,11 @@ def run_fold(
     seed: int,  # of the trial; each fold derives its own
 ) -> FoldResult:
     """The fold fitted, forecast and scored."""
-    fit = fit_fold(fold, hyperparameters, settings=settings, plan=plan, seed=derive_seed(seed, "fold", fold.fold))
+    return _run(fold, hyperparameters, settings, plan, derive_seed(seed, "fold", fold.fold))
+
+
+def _run(fold: DartsFold, hyperparameters: dict, settings: RunSettings, plan: FitPlan, seed: int) -> FoldResult:
+    fit = fit_fold(fold, hyperparameters, settings=settings, plan=plan, seed=seed)
     begun, length = own_clock(), hyperparameters["input_chunk_length"]
     forecast = partial(forecast_fold, fit.model, fold, settings=settings, input_chunk_length=length)
     with limit_threads(plan.device.n_threads if plan.device else 1):
@@ -222,6 +226,14 @@ def forecast_after(
     n_epochs: int | None,  # epochs of the fit; networks only
 ) -> FoldResult:
     """The forecasts of the rows after `end` by a model that was fitted on the rows known by then."""
-    fold = prepare_fold(table, date_bounds(table.index, end=end, horizon=settings.horizon), settings=settings)
-    plan = FitPlan(n_epochs=n_epochs or 1, patience=None)
-    return run_fold(fold, hyperparameters, settings=settings, plan=plan, seed=settings.seed)
+    plan, lookback = FitPlan(n_epochs=n_epochs or 1, patience=None), hyperparameters["input_chunk_length"]
+    first = int(table.index.searchsorted(end, side="right"))
+    later = first and table.index[first - 1] + settings.horizon * timeframe_delta(settings.timeframe)
+    begin = int(table.index.searchsorted(later)) if first else 0
+    if not 0 < begin < len(table):
+        span = f"the table runs from {table.index[0]} to {table.index[-1]}"
+        raise ConfigError(f"no rows on one side of the end date: {span}", received=str(end))
+    tested = [(max(0, begin - lookback - settings.horizon + 1), begin, len(table))]
+    how = {name: getattr(settings, name) for name in ("feature_groups", "target_col", "timeframe", "horizon")}
+    fold = fold_from_blocks(table, [(0, first)], tested, lookback=lookback, **how)
+    return _run(fold, hyperparameters, settings, plan, settings.seed)
