@@ -76,6 +76,11 @@ __getattr__, __dir__, __all__ = lazy(
             "backtest",
             "backtest_app",
         ),
+        "bundle_commands": (
+            "bundle",
+            "bundle_app",
+            "verify",
+        ),
         "ensemble_commands": (
             "ensemble",
             "ensemble_app",

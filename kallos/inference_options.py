@@ -20,6 +20,7 @@ _BUNDLE = {
     "bundle_path": option(
         Path, "Folder of the bundle.", "{model}_{asset}_bundle beside the manifest", name="--output-path"
     ),
+    "packed": option(Path, "A bundle: a folder or a zip.", name="--bundle"),
     "zipped": flag("--zip", "Write one file in the place of a folder."),
     "sign_with": option(Path, "Private Ed25519 key, as PEM, to sign with."),
     "public_key": option(Path, "Public Ed25519 key, as PEM; a bundle that it did not sign is refused.", "none"),

@@ -14,6 +14,7 @@ import typer
 import kallos
 from .audit_commands import audit_app
 from .backtest_commands import backtest_app
+from .bundle_commands import bundle_app
 from .core.errors import KallosError
 from .data_commands import data_app
 from .ensemble_commands import ensemble_app
@@ -29,7 +30,7 @@ The database is --db-url, else KALLOS_DB_URL, else data/kallos.db. First steps: 
 Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted; 4 a step failed;
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
-for commands in (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app):
+for commands in (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app, bundle_app):
     app.add_typer(commands)
 
 

@@ -130,7 +130,7 @@ def model_key(
             values |= {"n_epochs": None, "max_epochs": settings.max_epochs, "patience": settings.patience}
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:20]
 
-
+# %% ../../nbs/evaluation/32h_held_out.ipynb #a0803f1f
 def _path(
     table: pd.DataFrame, settings: FoldSettings, hyperparameters: dict, n_epochs: int | None, folder: Path
 ) -> Path:

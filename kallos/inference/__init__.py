@@ -135,6 +135,26 @@ __getattr__, __dir__, __all__ = lazy(
             "load_bundle",
             "open_bundle",
         ),
+        "bundle_contents": (
+            "LEVELS",
+            "MOST_ROWS",
+            "describe_source",
+            "evaluation_of",
+            "intervals_of",
+            "packed_parts",
+            "reference_of",
+            "target_unit",
+        ),
+        "bundle_making": (
+            "MOST_WINDOWS",
+            "MadeBundle",
+            "make_bundle",
+        ),
+        "bundle_proof": (
+            "HEAVY",
+            "answer_task",
+            "prove_bundle",
+        ),
         "drift_windows": (
             "FEWEST_ROWS",
             "FEWEST_WINDOWS",
@@ -165,6 +185,7 @@ __getattr__, __dir__, __all__ = lazy(
         "performance_drift": (
             "Errors",
             "change_began",
+            "climbs",
             "figures_of",
             "performance_drift",
             "taken",
@@ -182,7 +203,32 @@ __getattr__, __dir__, __all__ = lazy(
         "drift": (
             "Drift",
             "RATE",
+            "announced_now",
+            "announced_then",
             "measure_drift",
+            "past_errors",
+            "recent_errors",
+        ),
+        "drift_files": (
+            "drift_record",
+            "prometheus_text",
+            "write_drift",
+        ),
+        "drift_sources": (
+            "DriftSettings",
+            "Recent",
+            "read_recent",
+            "recent_bars",
+            "recent_forecasts",
+            "truth_of",
+        ),
+        "drift_runs": (
+            "DriftFired",
+            "DriftRun",
+            "climbs_of",
+            "errors_of",
+            "forecasts_then_and_now",
+            "run_drift",
         ),
     },
 )

@@ -118,7 +118,7 @@ def _differs(manifest: dict[str, Any], source: Source) -> list[str]:
         [key for key in names if about.get(key) != trained.get(key)] if about["model_name"] == name else ["model_name"]
     )
 
-
+# %% ../../nbs/inference/40b_bundle_sources.ipynb #438e9f66
 def read_verdict(
     source: Source,  # of the bundle
     folder: str | Path | None = None,  # that `evaluate` left; {name}_{asset}_evaluation beside the model if None

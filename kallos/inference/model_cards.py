@@ -34,7 +34,7 @@ def _headline(evaluation: dict[str, Any] | None) -> str:
         return "**Nobody has evaluated this model. Nothing is known of how good it is, and it gives no intervals.**"
     return f"**{evaluation['sentence']}**"
 
-
+# %% ../../nbs/inference/40c_model_cards.ipynb #bebbb7a2
 def _quality(evaluation: dict[str, Any] | None) -> list[str]:
     if evaluation is None:
         return []
