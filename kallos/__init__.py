@@ -81,6 +81,16 @@ __getattr__, __dir__, __all__ = lazy(
             "bundle_app",
             "verify",
         ),
+        "predict_commands": (
+            "Incomplete",
+            "Stale",
+            "predict",
+            "predict_app",
+        ),
+        "drift_commands": (
+            "drift",
+            "drift_app",
+        ),
         "ensemble_commands": (
             "ensemble",
             "ensemble_app",

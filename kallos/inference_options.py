@@ -29,6 +29,17 @@ _BUNDLE = {
 # %% ../nbs/58b_inference_options.ipynb #524c6e38
 _PREDICT = {
     "bundles": many("--bundle", "A bundle: a folder or a zip."),
+    "bars": many(
+        "--bars",
+        "File, folder or glob of bars; its name begins with the asset's, as BTC_1d.csv, or say BTC=FILE.",
+        "the database",
+    ),
+    "asked_since": option(str, "Ask about bars that closed later, UTC.", "the newest stored forecast", name="--since"),
+    "now": option(str, "Leave out bars that close later, UTC.", "the clock"),
+    "interval_level": option(float, "Share of truths that intervals are to hold.", "0.9", name="--level"),
+    "stale_after": option(int, "Bars that may be missing at the end before the feed counts as stale.", "2"),
+    "fail_when_stale": flag("--fail-when-stale", "Leave with exit code 5 if a feed is stale."),
+    "forecasts_path": option(Path, "Folder of forecasts, a Parquet file a bundle.", "forecasts", name="--output-path"),
 }
 
 # %% ../nbs/58b_inference_options.ipynb #94126219
@@ -39,6 +50,13 @@ _SERVE = {
 }
 _DRIFT = {
     "drift_bundle": option(Path, "The bundle whose model is watched: a folder or a zip.", name="--bundle"),
+    "stored_forecasts": option(
+        Path, "What predict stored, a file or its folder.", "the bundle is asked again", name="--forecasts"
+    ),
+    "window_rows": option(int, "Newest rows that are checked.", "a thirtieth of the training rows", name="--rows"),
+    "alarm_rate": option(float, "How often a check of an unchanged market gives an alarm.", "0.05", name="--rate"),
+    "most_missing": option(float, "Share of the window's bars that may be missing or filled.", "0.05"),
+    "drift_path": option(Path, "Folder of the answers.", "drift", name="--output-path"),
 }
 
 # %% ../nbs/58b_inference_options.ipynb #9bab4174

@@ -17,8 +17,10 @@ from .backtest_commands import backtest_app
 from .bundle_commands import bundle_app
 from .core.errors import KallosError
 from .data_commands import data_app
+from .drift_commands import drift_app
 from .ensemble_commands import ensemble_app
 from .evaluate_commands import evaluate_app
+from .predict_commands import predict_app
 from .run_commands import run_app
 from .validation_commands import validation_app
 
@@ -29,8 +31,10 @@ The database is --db-url, else KALLOS_DB_URL, else data/kallos.db. First steps: 
 
 Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted; 4 a step failed;
 5 done, and the answer is no."""
+_RESEARCH = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
+_INFERENCE = (bundle_app, predict_app, drift_app)
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
-for commands in (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app, bundle_app):
+for commands in (*_RESEARCH, *_INFERENCE):
     app.add_typer(commands)
 
 

@@ -155,6 +155,32 @@ __getattr__, __dir__, __all__ = lazy(
             "answer_task",
             "prove_bundle",
         ),
+        "bar_files": (
+            "GivenFile",
+            "SeriesFiles",
+            "files_of",
+            "given_files",
+        ),
+        "bar_feeds": (
+            "CHUNK",
+            "closed_bars",
+            "file_chunks",
+            "in_steps",
+            "store_chunks",
+        ),
+        "forecast_files": (
+            "Stored",
+            "append_forecasts",
+            "check_continues",
+            "stored_forecasts",
+        ),
+        "batch": (
+            "BatchReport",
+            "Feed",
+            "batch_table",
+            "predict_chunks",
+            "write_forecasts",
+        ),
         "drift_windows": (
             "FEWEST_ROWS",
             "FEWEST_WINDOWS",
