@@ -43,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy(
             "tell_next",
         ),
         "data_commands": (
+            "column_mapping",
             "data",
             "data_app",
             "features",

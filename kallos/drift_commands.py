@@ -39,7 +39,17 @@ def _settings(given: dict[str, Any]) -> "DriftSettings":
     values = {_NAMES.get(name, name): value for name, value in given.items()} | {"mapping": mapping}
     return DriftSettings.from_values(values, source="the options")
 
-# %% ../nbs/59l_drift_commands.ipynb #96876d6a
+# %% ../nbs/59l_drift_commands.ipynb #a13058dd
+def _check(settings: "DriftSettings", name: str, db_url: str | None, no_report: bool) -> None:
+    from kallos.inference.drift_runs import run_drift
+    from kallos.workflow.reports import run_notebook
+
+    if no_report:
+        run_drift(settings, db=db_url)
+    else:
+        run_notebook("monitor", settings, output=settings.output_path / f"{name}.ipynb", db_url=db_url)
+
+# %% ../nbs/59l_drift_commands.ipynb #9a73b861
 def _tell(folder: Any, name: str, no_report: bool) -> bool:
     """Whether anything has drifted, after it was said."""
     from kallos.core.runs import read_json
@@ -52,11 +62,14 @@ def _tell(folder: Any, name: str, no_report: bool) -> bool:
         tell_next("the same command tomorrow: its exit code is 5 when something has drifted")
     return found["fired"]
 
-# %% ../nbs/59l_drift_commands.ipynb #0554e6e6
+# %% ../nbs/59l_drift_commands.ipynb #20a0ce35
+_TYPED = """drift_bundle bars mapping db_url stored_forecasts window_rows alarm_rate now stale_after most_missing
+public_key drift_path no_report"""
+
+# %% ../nbs/59l_drift_commands.ipynb #074fed0a
 @command(
     drift_app,
-    "drift_bundle bars mapping db_url stored_forecasts window_rows alarm_rate now stale_after most_missing "
-    "public_key drift_path no_report",
+    _TYPED,
     required="drift_bundle",
     example="--bundle reports/BTC/1d/gru_BTC_bundle --bars BTC_1d.parquet",
     stopped="the last answer is as it was.",
@@ -67,15 +80,10 @@ def drift(
     """Ask whether features, forecasts and errors are still those of the training; exit code 5 if not."""
     from kallos.core.config import find_file
     from kallos.inference.bundle import load_bundle
-    from kallos.inference.drift_runs import DriftFired, run_drift
+    from kallos.inference.drift_runs import DriftFired
 
     db_url, no_report, settings = given.get("db_url"), given.get("no_report", False), _settings(given)
     name = load_bundle(find_file(settings.bundle), public_key=settings.public_key).id
-    if no_report:
-        run_drift(settings, db=db_url)
-    else:
-        from kallos.workflow.reports import run_notebook
-
-        run_notebook("monitor", settings, output=settings.output_path / f"{name}.ipynb", db_url=db_url)
+    _check(settings, name, db_url, no_report)
     if _tell(settings.output_path, name, no_report):
         raise DriftFired("something has drifted", next_step=f"See {settings.output_path / name}.json.")

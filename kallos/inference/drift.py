@@ -138,15 +138,17 @@ def measure_drift(
     forecasts = None if recent_forecasts is None else recent_forecasts.dropna(subset=["y_pred"])
     families, notes = _families(reference, forecasts, target, most)
     share = rate / (1 + len(families))
-    features = column_drift(reference["features"], window[names], names=names, rate=share)
-    judged = _judged(reference, forecasts, target, families, share, half_width)
-    states = pd.DataFrame() if states is None else states
-    parts = {"features": features, **judged, "states": states}
-    fired, sentence = _in_words(**parts, rate=rate, rows=len(window), last=window["ts"].iloc[-1])
-    when = {"rows": len(window), "first": window["ts"].iloc[0], "last": window["ts"].iloc[-1]}
+    parts = {"features": column_drift(reference["features"], window[names], names=names, rate=share)}
+    parts |= _judged(reference, forecasts, target, families, share, half_width)
+    return _answer(parts | {"states": pd.DataFrame() if states is None else states}, rate, window["ts"], notes)
+
+# %% ../../nbs/inference/42_drift.ipynb #8658c4c2
+def _answer(parts: dict, rate: float, ts: pd.Series, notes: list[str]) -> Drift:
+    fired, sentence = _in_words(**parts, rate=rate, rows=len(ts), last=ts.iloc[-1])
+    when = {"rows": len(ts), "first": ts.iloc[0], "last": ts.iloc[-1]}
     return Drift(fired, sentence, rate, **when, **parts, notes=tuple(notes))
 
-# %% ../../nbs/inference/42_drift.ipynb #9a8b176d
+# %% ../../nbs/inference/42_drift.ipynb #87692ccc
 def _names(reference: Mapping[str, np.ndarray], recent: pd.DataFrame) -> list[str]:
     if not len(reference.get("features", ())):
         raise ArtifactError("the bundle keeps no training rows to compare with", next_step="Make the bundle again.")
@@ -160,7 +162,7 @@ def _names(reference: Mapping[str, np.ndarray], recent: pd.DataFrame) -> list[st
 def _half_width(errors: Errors, given: float | None) -> float | None:
     return given if given or errors.losses else float(np.quantile(np.abs(errors.model), 0.9))
 
-# %% ../../nbs/inference/42_drift.ipynb #f69d109a
+# %% ../../nbs/inference/42_drift.ipynb #860bbe02
 def _judged(
     reference: Mapping[str, np.ndarray],
     forecasts: pd.DataFrame | None,
@@ -182,7 +184,7 @@ def _judged(
         found["changed"] = _changed(found["performance"], old, new, known["ts"])
     return found
 
-# %% ../../nbs/inference/42_drift.ipynb #b0085364
+# %% ../../nbs/inference/42_drift.ipynb #dce836ab
 def _changed(performance: pd.DataFrame, old: Errors, new: Errors, ts: pd.Series) -> pd.Timestamp | None:
     """When the clearest of the climbs that are an alarm began."""
     climbs = performance.loc[[name for name in performance.index if name.startswith("change")]]
@@ -190,7 +192,7 @@ def _changed(performance: pd.DataFrame, old: Errors, new: Errors, ts: pd.Series)
         return None
     return ts.iloc[change_began(old, new, climbs["p_value"].idxmin())]
 
-# %% ../../nbs/inference/42_drift.ipynb #9a88f8a1
+# %% ../../nbs/inference/42_drift.ipynb #86c1c385
 def _in_words(
     *,
     features: pd.DataFrame,
@@ -214,7 +216,7 @@ def _in_words(
     alike = " and ".join(filter(None, [", ".join(told[:-1]), told[-1]]))
     return False, f"No drift: over {window}, {alike} look like stretches of the training do."
 
-# %% ../../nbs/inference/42_drift.ipynb #0429d2fc
+# %% ../../nbs/inference/42_drift.ipynb #913f8589
 def _of_columns(table: pd.DataFrame) -> list[str]:
     said = []
     for name, row in table[table["fired"]].iterrows() if len(table) else ():

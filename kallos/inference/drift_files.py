@@ -52,13 +52,10 @@ def drift_record(
     at: pd.Timestamp,  # when
 ) -> dict[str, Any]:
     """The answer, ready for JSON."""
+    what = {"id": bundle.id, "bundle": bundle.digest, "asset_id": bundle.asset_id, "timeframe": bundle.timeframe}
     record = {
         "fired": drift.fired,
         "at": at,
-        "id": bundle.id,
-        "bundle": bundle.digest,
-        "asset_id": bundle.asset_id,
-        "timeframe": bundle.timeframe,
         "window": {"rows": drift.rows, "first": drift.first, "last": drift.last},
         "false_alarm_rate": drift.rate,
         "false_alarm_rate_is": "of one check of a market that has not changed, all alarms together",
@@ -70,7 +67,7 @@ def drift_record(
         "data": _feed(drift.states),
         "notes": drift.notes,
     }
-    return to_plain(record)
+    return to_plain(what | record)
 
 # %% ../../nbs/inference/42b_drift_files.ipynb #a4df8ada
 _HELP = {
@@ -94,33 +91,32 @@ _HELP = {
     "data_fired": "Whether the feed is stale or has holes",
 }
 
-
+# %% ../../nbs/inference/42b_drift_files.ipynb #06986210
 def _samples(record: Mapping[str, Any]):
     """Yields name, labels and value."""
     yield "fired", {}, record["fired"]
     yield "false_alarm_rate", {}, record["false_alarm_rate"]
     yield "checked_timestamp_seconds", {}, pd.Timestamp(record["at"]).timestamp()
     yield "window_rows", {}, record["window"]["rows"]
-
-# %% ../../nbs/inference/42b_drift_files.ipynb #d145d292
-_OF_COLUMN = {"fired": "column_fired", "threshold": "psi_threshold"}
-_OF_FIGURE = {"recent": "performance", "bound": "performance_bound", "fired": "performance_fired"}
-
-
-def _all_samples(record: Mapping[str, Any]):
-    """Yields name, labels and value."""
-    yield from _samples(record)
-    for kind in ("features", "forecasts"):
-        for column, values in record[kind].items():
-            for key, value in values.items():
-                if key != "p_value":
-                    yield _OF_COLUMN.get(key, key), {"kind": kind, "column": column}, value
+    yield from _of_columns(record)
     for figure, values in record["performance"].items():
         for key, name in _OF_FIGURE.items():
             yield name, {"figure": figure}, values[key]
     for asset, values in record["data"]["assets"].items():
         for key in ("age_bars", "missing", "filled", "fired"):
             yield f"data_{key}", {"asset": asset}, values[key]
+
+# %% ../../nbs/inference/42b_drift_files.ipynb #c0a9640b
+_OF_COLUMN = {"fired": "column_fired", "threshold": "psi_threshold"}
+_OF_FIGURE = {"recent": "performance", "bound": "performance_bound", "fired": "performance_fired"}
+
+
+def _of_columns(record: Mapping[str, Any]):
+    for kind in ("features", "forecasts"):
+        for column, values in record[kind].items():
+            for key, value in values.items():
+                if key != "p_value":
+                    yield _OF_COLUMN.get(key, key), {"kind": kind, "column": column}, value
 
 
 def _line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -131,14 +127,14 @@ def _line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 _ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
-# %% ../../nbs/inference/42b_drift_files.ipynb #01a48699
+# %% ../../nbs/inference/42b_drift_files.ipynb #0d90adfc
 def prometheus_text(
     record: Mapping[str, Any],  # from `drift_record`
 ) -> str:
     """The answer in Prometheus' text format."""
     groups: dict[str, list[str]] = {name: [] for name in _HELP}
     own = {"bundle": record["id"], "asset_id": record["asset_id"], "timeframe": record["timeframe"]}
-    for name, labels, value in _all_samples(record):
+    for name, labels, value in _samples(record):
         if value is not None and math.isfinite(value):
             groups[name].append(_line(name, own | labels, value))
     lines = []
@@ -147,7 +143,7 @@ def prometheus_text(
             lines += [f"# HELP kallos_drift_{name} {_HELP[name]}.", f"# TYPE kallos_drift_{name} gauge", *samples]
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/inference/42b_drift_files.ipynb #596149a2
 def write_drift(
     folder: str | Path,  # of the files
     record: Mapping[str, Any],  # from `drift_record`

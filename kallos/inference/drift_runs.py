@@ -103,7 +103,7 @@ def climbs_of(
     found = climbs(recent_errors(known, target), past_errors(run.reference, target))
     return {name: pd.Series(values, pd.DatetimeIndex(known["ts"])) for name, values in found.items()}
 
-
+# %% ../../nbs/inference/42d_drift_runs.ipynb #9b6c72c2
 def forecasts_then_and_now(
     run: DriftRun,  # of the page
 ) -> tuple[np.ndarray, np.ndarray]:

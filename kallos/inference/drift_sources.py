@@ -173,7 +173,7 @@ class Recent:
     now: pd.Timestamp
     rows: int  # of the window, at the most
 
-
+# %% ../../nbs/inference/42c_drift_sources.ipynb #c44940b3
 def read_recent(
     bundle: "Bundle",  # from `load_bundle`
     settings: DriftSettings,  # of the check
@@ -197,7 +197,7 @@ def read_recent(
     forecasts = recent_forecasts(bundle, bars, stored=settings.forecasts, since=since)
     return Recent(bars, features, forecasts, now, rows)
 
-
+# %% ../../nbs/inference/42c_drift_sources.ipynb #73f97ed7
 def _moment(text: str) -> pd.Timestamp:
     moment = pd.Timestamp(text)
     return moment.tz_localize("UTC") if moment.tzinfo is None else moment.tz_convert("UTC")

@@ -63,7 +63,7 @@ class Yardstick:
     means: np.ndarray  # (s) of each statistic
     spreads: np.ndarray  # (s) its deviation
     middle: float  # mean of the largest scores
-    width: float  # their deviation, and what is not known of it
+    width: float  # their deviation
     skew: float  # their skewness, 0 to 1
     n_windows: float  # that lie side by side
 
@@ -77,14 +77,14 @@ class Yardstick:
         scores = (np.asarray(observed, float) - self.means) / self.spreads
         return stdtr(1.5 * self.n_windows, -_straight((scores - self.middle) / self.width, self.skew / 6))
 
-
+# %% ../../nbs/inference/41k_drift_windows.ipynb #eb1abdb1
 def _straight(leaning: np.ndarray, sixth: float) -> np.ndarray:
     """The t of t + sixth (t² - 1) = leaning."""
     if sixth < 1e-6:
         return leaning
     return (np.sqrt(np.maximum(1 + 4 * sixth * (leaning + sixth), 0)) - 1) / (2 * sixth)
 
-# %% ../../nbs/inference/41k_drift_windows.ipynb #51cb16ed
+# %% ../../nbs/inference/41k_drift_windows.ipynb #dc988e13
 def limits(
     yardstick: Yardstick,  # from `learn_yardstick`
     rate: float,  # of false alarms, of all statistics together, between 0 and 0.5
@@ -98,7 +98,7 @@ def limits(
     score = yardstick.middle + yardstick.width * (t + yardstick.skew / 6 * (t**2 - 1))
     return yardstick.means + score * yardstick.spreads
 
-
+# %% ../../nbs/inference/41k_drift_windows.ipynb #daa61614
 def learn_yardstick(
     statistics: ArrayLike,  # (windows, s) of quiet windows, each against the rest of the reference; larger is worse
     starts: np.ndarray,  # (windows) first row of each
@@ -113,11 +113,10 @@ def learn_yardstick(
     means, spreads = _of_others(values, starts, rows + memory)
     scores = ((values - means) / np.maximum(spreads, floor)).max(axis=1)
     middle, deviation = float(scores.mean()), float(max(scores.std(), 1e-9))
-    width = deviation * math.sqrt(count / (count - 1)) * math.sqrt(1 + 1 / count)
     skew = float(np.clip(np.mean(((scores - middle) / deviation) ** 3), 0, 1))
-    return Yardstick(values.mean(axis=0), np.maximum(values.std(axis=0), floor), middle, width, skew, count)
+    return Yardstick(values.mean(axis=0), np.maximum(values.std(axis=0), floor), middle, deviation, skew, count)
 
-# %% ../../nbs/inference/41k_drift_windows.ipynb #c0691d63
+# %% ../../nbs/inference/41k_drift_windows.ipynb #0fdc7dd5
 def _of_others(values: np.ndarray, starts: np.ndarray, apart: int) -> tuple[np.ndarray, np.ndarray]:
     judges = (np.abs(starts[:, None] - starts) >= apart).astype(float)
     judges /= judges.sum(axis=1, keepdims=True)

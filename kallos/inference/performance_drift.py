@@ -89,7 +89,7 @@ def climbs(
 def _sizes(errors: Errors) -> tuple[np.ndarray, np.ndarray]:
     return np.abs(errors.model), np.abs(errors.naive)
 
-
+# %% ../../nbs/inference/41n_performance_drift.ipynb #dcf9f603
 def _statistics(errors: Errors, reference: Errors, half_width: float | None) -> dict[str, np.ndarray]:
     """By name, what grows as things get worse; (windows) each."""
     figures = figures_of(errors, half_width)
@@ -105,7 +105,7 @@ def _statistics(errors: Errors, reference: Errors, half_width: float | None) -> 
 
 _LEAST_CLIMB = 0.25
 
-# %% ../../nbs/inference/41n_performance_drift.ipynb #e7b38df7
+# %% ../../nbs/inference/41n_performance_drift.ipynb #45aa26d1
 def performance_drift(
     reference: Errors,  # of forecasts of rows that the model had not seen, by time
     recent: Errors,  # of the recent forecasts, by time
@@ -130,7 +130,7 @@ def performance_drift(
     table["p_value"] = pd.Series(dict(zip(judged, chance, strict=True)))
     return table.assign(fired=table["p_value"] < rate)
 
-# %% ../../nbs/inference/41n_performance_drift.ipynb #340f0a48
+# %% ../../nbs/inference/41n_performance_drift.ipynb #c08c041b
 _BACK = {"rmse": np.exp, "brier": np.exp, "skill": lambda value: 1 - np.exp(value)}
 _BACK |= {"slope, too bold": np.negative, "coverage": lambda angle: np.cos(np.clip(angle, 0, np.pi / 2)) ** 2}
 _BACK |= dict.fromkeys(("change in errors", "change against naive"), lambda value: np.exp(value) - _LEAST_CLIMB)
@@ -149,7 +149,7 @@ def _table(
         rows[name] = {"recent": now, "reference": before, "bound": float(back(bounds.get(name, np.nan)))}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("figure")
 
-# %% ../../nbs/inference/41n_performance_drift.ipynb #15b91a2d
+# %% ../../nbs/inference/41n_performance_drift.ipynb #f3525dd4
 def change_began(
     reference: Errors,  # as in `performance_drift`
     recent: Errors,  # as there
