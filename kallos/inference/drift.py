@@ -207,7 +207,7 @@ def _in_words(
     """Whether anything is an alarm, and the sentence."""
     said = _of_columns(features) + _of_columns(forecasts) + _of_figures(performance, changed)
     faults = state_in_words(states) if len(states) else []
-    chance = f"; without any change a check says so in {rate:.3g} of cases" if said else ""
+    chance = f"; without any change a check says so in {100 * rate:.3g} % of cases" if said else ""
     window = f"the last {rows} rows, to {last:%Y-%m-%d %H:%M} UTC"
     if said or faults:
         return True, f"Drift over {window}: {'; '.join(said + faults)}{chance}."
