@@ -1,4 +1,4 @@
-"""Drift: the rate of false alarms that is promised, changes that are found, and the command from a bundle to its answer."""
+"""Drift: the rate of false alarms that is promised, changes that are found, the command from bundle to answer."""
 
 import io
 import json
@@ -100,7 +100,7 @@ def test_the_rate_does_not_grow_with_the_number_of_features():
 
 
 def _honest(files: dict[str, bytes], manifest: dict, folder: Path) -> Path:
-    """The bundle with a reference of its own forecasts: its weights are random, so all rows are ones it has not seen."""
+    """The bundle with a reference of its own forecasts: its weights are random, so it has not seen any row."""
     path = folder / manifest["id"]
     path.mkdir()
     write = lambda: [(path / name).write_bytes(content) for name, content in seal(manifest, files).items()]  # noqa: E731
@@ -111,10 +111,7 @@ def _honest(files: dict[str, bytes], manifest: dict, folder: Path) -> Path:
     rows = rows[(rows["status"] == "ok") & rows["y_true"].notna()]
     with np.load(io.BytesIO(files["reference.npz"])) as arrays:
         kept = {name: arrays[name] for name in arrays.files}
-    kept |= {
-        "forecasts": rows["y_pred"].to_numpy(),
-        "forecast_ts": rows["ts"].dt.as_unit("us").astype("int64").to_numpy(),
-    }
+    kept |= {"forecasts": rows["y_pred"].to_numpy(), "forecast_ts": pd.DatetimeIndex(rows["ts"]).as_unit("us").asi8}
     wrong = {"forecast_errors": "y_pred", "naive_errors": "y_naive"}
     held = io.BytesIO()
     np.savez_compressed(held, **kept | {key: (rows[said] - rows["y_true"]).to_numpy() for key, said in wrong.items()})
@@ -125,16 +122,16 @@ def _honest(files: dict[str, bytes], manifest: dict, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a bundle, bars that go on as they did, and bars that change in March."""
+    """A folder with a bundle, bars that go on as they did, and bars that change in May."""
     folder = tmp_path_factory.mktemp("watched")
     manifest, files = bundle_contents()
     _honest(files, manifest, folder)
     first = small_bars()["ts"].iloc[0]
     bars = sample_bars(timeframe="1d", start=str(first.date()), end=END, seed=0)
     bars.to_parquet(folder / "BTC_1d.parquet")
-    start = int(bars["ts"].searchsorted(pd.Timestamp("2024-05-05", tz="UTC")))
+    start = int(bars["ts"].searchsorted(pd.Timestamp("2024-05-01", tz="UTC")))
     (folder / "wild").mkdir()
-    wilder(bars, first=start, times=6).to_parquet(folder / "wild" / "BTC_1d.parquet")
+    wilder(bars, first=start, times=10).to_parquet(folder / "wild" / "BTC_1d.parquet")
     return folder
 
 
@@ -174,8 +171,7 @@ def test_a_changed_market_gives_exit_code_5_and_a_page(place):
     assert process.returncode == 5, said + problem
     assert said.startswith("Drift over the last ") and "something has drifted" in problem
     found = read_json(place / "seen" / "small_BTC_1d.json")
-    assert found["fired"] and found["performance"]["rmse"]["fired"] is not None
-    assert found["errors_changed_at"][:7] in ("2024-05", "2024-04")
+    assert found["fired"] and found["performance"]["rmse"]["fired"] and found["features"]["log_return_7"]["fired"]
     page = nbformat.read(place / "seen" / "small_BTC_1d.ipynb", 4)
     assert not [one for cell in page.cells for one in cell.get("outputs", []) if one.output_type == "error"]
     html = (place / "seen" / "small_BTC_1d.html").read_text()
@@ -241,7 +237,6 @@ def test_a_bundle_that_was_not_evaluated_has_no_performance_to_compare_with(plac
 
 REFUSED = {
     "rows that the model has seen": ({"now": "2024-01-10"}, "20 rows that the model has not seen"),
-    "a window that the reference cannot hold": ({"rows": 140, "now": MOMENT}, "fewer than 8 windows of 140"),
     "a moment before all bars": ({"now": "2001-01-01"}, "no bar of BTC had closed"),
     "forecasts of nobody": ({"forecasts": "nowhere.parquet"}, "there is no such file"),
 }
