@@ -43,7 +43,6 @@ RUNTIME = [
     "PyYAML",
     "rich",
     "scikit-learn",
-    "skl2onnx",
     "SQLAlchemy>=2.0",
     "statsmodels",
     "TA-Lib",

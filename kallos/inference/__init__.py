@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "answers": (
             "Answer",
-            "MOST_WINDOWS",
+            "MOST_BATCH",
             "answer_newest",
             "answer_rows",
             "by_asset",
@@ -19,6 +19,22 @@ __getattr__, __dir__, __all__ = lazy(
             "arrays_of",
             "check_arrays",
             "step_of",
+        ),
+        "bundle": (
+            "Bundle",
+            "golden_example",
+            "load_bundle",
+            "open_bundle",
+        ),
+        "bundle_contents": (
+            "LEVELS",
+            "MOST_ROWS",
+            "describe_source",
+            "evaluation_of",
+            "intervals_of",
+            "packed_parts",
+            "reference_of",
+            "target_unit",
         ),
         "bundle_files": (
             "BundleFiles",
@@ -33,6 +49,16 @@ __getattr__, __dir__, __all__ = lazy(
             "seal",
             "sign_manifest",
             "zip_bytes",
+        ),
+        "bundle_making": (
+            "MadeBundle",
+            "PROOF_WINDOWS",
+            "make_bundle",
+        ),
+        "bundle_proof": (
+            "HEAVY",
+            "answer_task",
+            "prove_bundle",
         ),
         "bundle_sources": (
             "Source",
@@ -72,8 +98,9 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "onnx_guard": (
             "IR_VERSION",
-            "MOST_BYTES",
+            "MOST_GRAPH_BYTES",
             "MOST_MEMORY",
+            "MOST_NAMES",
             "MOST_NODES",
             "OPSETS",
             "check_onnx",
@@ -105,6 +132,7 @@ __getattr__, __dir__, __all__ = lazy(
             "Field",
             "GRAMMAR",
             "MOST_FIELDS",
+            "MOST_LETTERS",
             "MOST_LIST_BYTES",
             "read_message",
         ),
@@ -128,32 +156,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Scaling",
             "describe_scaling",
             "read_scaling",
-        ),
-        "bundle": (
-            "Bundle",
-            "golden_example",
-            "load_bundle",
-            "open_bundle",
-        ),
-        "bundle_contents": (
-            "LEVELS",
-            "MOST_ROWS",
-            "describe_source",
-            "evaluation_of",
-            "intervals_of",
-            "packed_parts",
-            "reference_of",
-            "target_unit",
-        ),
-        "bundle_making": (
-            "MOST_WINDOWS",
-            "MadeBundle",
-            "make_bundle",
-        ),
-        "bundle_proof": (
-            "HEAVY",
-            "answer_task",
-            "prove_bundle",
         ),
         "bar_files": (
             "GivenFile",

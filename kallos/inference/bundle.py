@@ -116,14 +116,19 @@ def load_bundle(
     """The bundle, ready to forecast; ArtifactError naming what is missing, changed or senseless."""
     return open_bundle(read_bundle_files(path, public_key=public_key), threads=threads)
 
-
+# %% ../../nbs/inference/40_bundle.ipynb #a8903aef
 def open_bundle(
     files: BundleFiles,  # as they were read and vouched for
     *,
     threads: int = 1,  # of the graph, within one forecast
 ) -> Bundle:
     """The bundle of these files; ArtifactError naming what is senseless."""
-    parts = read_packed_model(files, threads=threads)
+    try:
+        parts = read_packed_model(files, threads=threads)
+    except Exception as error:
+        if isinstance(error, KallosError):
+            raise
+        raise ArtifactError("a part of the bundle makes no sense", repr(error)[:200], "Make it again.") from error
     card = files.files["card.md"].decode("utf-8", "replace")
     papers = {"manifest": files.manifest, "digest": files.digest, "card": card}
     bundle = Bundle(**{field.name: getattr(parts, field.name) for field in fields(PackedModel)}, **papers)
@@ -148,7 +153,8 @@ def _check_golden(bundle: Bundle, golden: dict[str, Any]) -> None:
 
 
 def _columns(table: Mapping[str, list]) -> dict[str, np.ndarray]:
-    found = {name: np.array(values, "float64") for name, values in table.items() if name != "ts"}
+    kinds = {"is_filled": bool}
+    found = {name: np.array(values, kinds.get(name, "float64")) for name, values in table.items() if name != "ts"}
     return found | {"ts": np.array(table["ts"], "int64").view("datetime64[us]")}
 
 # %% ../../nbs/inference/40_bundle.ipynb #7fdabfd9

@@ -83,13 +83,14 @@ def describe_source(
     span = {"first": min(one["first"] for one in ends), "last": max(one["last"] for one in ends)}
     span |= {"rows": min(one["rows"] for one in ends), "seen_until": max(one.seen_until for one in source.models)}
     name = f"{source.name}_{source.asset_id}_{first.timeframe}" + (f"_h{first.horizon}" if first.horizon > 1 else "")
-    return {
+    found = {
         "schema": SCHEMA, "kind": "bundle", "id": name, "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "asset_id": source.asset_id, "timeframe": first.timeframe, "model": source.name, "horizon": first.horizon,
         "target": first.target_col, "unit": UNITS[first.target_col], "members": members, "trained": span,
         "combination": source.combination and source.combination.as_json(), "intervals": intervals,
         "gap_policy": _GAPS, "versions": package_versions(), "git": git_state(),
     }  # fmt: skip
+    return json.loads(json.dumps(found))  # as it will be read again
 
 # %% ../../nbs/inference/40e_bundle_contents.ipynb #423818d1
 LEVELS = (0.5, 0.8, 0.9, 0.95)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
 MOST_BYTES = {
-    "model.onnx": 256 << 20,
+    "model.onnx": 128 << 20,
     "scaler.json": 4 << 20,
     "features.json": 4 << 20,
     "golden.json": 64 << 20,

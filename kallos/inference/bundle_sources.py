@@ -18,7 +18,9 @@ from ..core.logs import log_event
 from ..core.runs import fingerprint, read_json, verify_manifest
 from ..models.combinations import Combination
 from ..models.container import TimeSeriesDataContainer
-from ..models.labelled import load_rows
+from ..models.label_forecasts import class_frequencies
+from ..models.label_trainer import LabelTrainSettings, label_fold, load_run
+from ..models.labelled import load_labelled, load_rows
 from ..models.saved_ensembles import ENSEMBLE_FILE, BaseModel, load_ensemble
 from ..models.trainer import load_trained
 
@@ -53,19 +55,52 @@ def _trained(manifest_path: Path, label: str | None, db: Any) -> Trained:
     """The model of a training's manifest, with its rows; ArtifactError if the rows are others by now."""
     model, transformer, manifest = load_trained(manifest_path)
     about, often = manifest["settings"], tuple((manifest.get("results") or {}).get("class_frequencies", ()))
-    values = {name: about[name] for name in RunSettings.model_fields if name in about}
-    settings = RunSettings.from_values(values, source=str(manifest_path))
-    table = load_rows(settings, db)
-    if fingerprint(table) != manifest["data"]["features"]["fingerprint"]:
-        learned, now = manifest["data"]["features"]["rows"], len(table)
-        todo = "Train it again on the rows as they are, or restore the database that it was trained on."
-        raise ArtifactError(f"{settings.model_name} learned from other rows", f"{learned} then, {now} now", todo)
+    settings = _settings(about, manifest_path)
+    table = _same_rows(load_rows(settings, db), manifest)
     base = BaseModel(label or settings.model_name, model, transformer, about, often)
     return Trained(base, settings, table, manifest["data"]["seen"]["seen_until"])
 
+
+def _settings(about: dict[str, Any], source: Path) -> RunSettings:
+    values = {name: about[name] for name in RunSettings.model_fields if name in about}
+    return RunSettings.from_values(values, source=str(source))
+
+
+def _same_rows(table: pd.DataFrame, manifest: dict[str, Any]) -> pd.DataFrame:
+    if fingerprint(table) != manifest["data"]["features"]["fingerprint"]:
+        learned, now = manifest["data"]["features"]["rows"], len(table)
+        todo = "Train it again on the rows as they are, or restore the data that it was trained on."
+        problem = f"{manifest['settings']['model_name']} learned from other rows"
+        raise ArtifactError(problem, f"{learned} then, {now} now", todo)
+    return table
+
+# %% ../../nbs/inference/40b_bundle_sources.ipynb #7cb02be9
+def _labelled(folder: Path) -> Trained:
+    """The model of a run on labelled tables, with the rows of its training table."""
+    model, transformer, manifest = load_run(folder)
+    names = LabelTrainSettings.model_fields
+    values = {name: value for name, value in manifest["settings"].items() if name in names and name != "params_file"}
+    settings = LabelTrainSettings.from_values(values, source=str(folder))
+    table, end = _same_rows(load_labelled(settings), manifest), TimeSeriesDataContainer.load(settings.splits)
+    often = ()
+    if settings.target_col == "label":
+        params = manifest["settings"].get("params_file")
+        often = tuple(class_frequencies(label_fold(settings.model_copy(update={"params_file": params}), table)))
+    base = BaseModel(settings.model_name, model, transformer, manifest["settings"], often)
+    table = table[table.index <= end.train["ts"].iloc[-1]]
+    return Trained(base, settings, table, manifest["data"]["seen"]["seen_until"])
+
+# %% ../../nbs/inference/40b_bundle_sources.ipynb #98803382
+def _ensemble(path: Path, db: Any) -> Source:
+    ensemble = load_ensemble(path)
+    paths = read_json(path.parent / ENSEMBLE_FILE, what="ensemble file")["bases"]
+    models = tuple(_trained(path.parent / paths[base.label], base.label, db) for base in ensemble.bases)
+    folder = path.parent.with_name(f"{ensemble.name}_{ensemble.asset_id}_bundle")
+    return Source(ensemble.name, ensemble.asset_id, folder, models, ensemble.combination)
+
 # %% ../../nbs/inference/40b_bundle_sources.ipynb #8aecb8d9
 def read_source(
-    manifest_path: str | Path,  # {model}_{asset}_manifest.json of a training, or manifest.json of an ensemble
+    manifest_path: str | Path,  # {model}_{asset}_manifest.json of a training, or manifest.json of a run or an ensemble
     db: dict[str, Any] | str | None = None,  # where the rows are; labelled tables need none
 ) -> Source:
     """What it names, read back; ArtifactError on a changed file, on other rows, or on a manifest of something else."""
@@ -75,14 +110,13 @@ def read_source(
         one = _trained(path, None, db)
         stem = f"{one.settings.model_name}_{one.settings.asset_id}"
         return Source(one.settings.model_name, one.settings.asset_id, path.parent / f"{stem}_bundle", (one,), None)
-    if kind != "ensemble":
-        todo = "Name the manifest that `kallos-run train` or `kallos-run ensemble` left."
-        raise ArtifactError("a bundle is made of a training or of an ensemble", kind, todo)
-    ensemble = load_ensemble(path)
-    paths = read_json(path.parent / ENSEMBLE_FILE, what="ensemble file")["bases"]
-    models = tuple(_trained(path.parent / paths[base.label], base.label, db) for base in ensemble.bases)
-    folder = path.parent.with_name(f"{ensemble.name}_{ensemble.asset_id}_bundle")
-    return Source(ensemble.name, ensemble.asset_id, folder, models, ensemble.combination)
+    if kind == "train-labels":
+        one, folder = _labelled(path.parent), path.parent.with_name(f"{path.parent.name}_bundle")
+        return Source(one.settings.model_name, one.settings.asset_id, folder, (one,), None)
+    if kind == "ensemble":
+        return _ensemble(path, db)
+    todo = "Name the manifest that `kallos-run train` or `kallos-run ensemble` left."
+    raise ArtifactError("a bundle is made of a training or of an ensemble", kind, todo)
 
 # %% ../../nbs/inference/40b_bundle_sources.ipynb #35a6266e
 def label_settings(
@@ -113,7 +147,7 @@ def _differs(manifest: dict[str, Any], source: Source) -> list[str]:
         same = about.get("ensemble") and about.get("combination") == source.combination.as_json()
         return [] if same else ["the ensemble"]
     trained = source.models[0].base.settings
-    names = [*_SAME, "hyperparameters"] + (["n_epochs"] if about.get("n_epochs") else [])
+    names = [*_SAME, "hyperparameters"] + (["n_epochs"] if "n_epochs" in trained else [])
     return (
         [key for key in names if about.get(key) != trained.get(key)] if about["model_name"] == name else ["model_name"]
     )

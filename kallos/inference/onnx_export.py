@@ -78,14 +78,20 @@ def _thin(network: Any, horizon: int) -> Any:
 # %% ../../nbs/inference/38_onnx_export.ipynb #025de5ad
 @contextmanager
 def _at_rest(network: Any) -> Iterator[None]:
-    """A block in which the network is on the CPU and drops out nothing."""
-    was_training, device, network.batch_size_last = network.training, network.device, -1
+    """A block in which the network is on the CPU, drops out nothing and remembers no batch."""
+    was_training, device = network.training, network.device
+
+    def forget() -> None:
+        if hasattr(network, "batch_size_last"):
+            network.batch_size_last = -1
+
     try:
         network.eval().cpu()
+        forget()
         yield
     finally:
         network.train(was_training).to(device)
-        network.batch_size_last = -1
+        forget()
 
 # %% ../../nbs/inference/38_onnx_export.ipynb #e259a42e
 def _network_graph(model: "ForecastingModel", length: int, n_features: int, horizon: int) -> "GraphProto":
