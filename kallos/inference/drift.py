@@ -15,6 +15,7 @@ import pandas as pd
 from ..core.errors import ArtifactError, DataError
 from .bar_state import state_in_words
 from .column_drift import column_drift
+from .distances import as_in_training
 from .drift_windows import FEWEST_ROWS, FEWEST_WINDOWS, usual_rows
 from .performance_drift import Errors, change_began, performance_drift
 
@@ -173,8 +174,9 @@ def _judged(
 ) -> dict[str, pd.DataFrame | pd.Timestamp | None]:
     found = {"forecasts": pd.DataFrame(), "performance": pd.DataFrame(), "changed": None}
     if rows := families.get("forecasts"):
-        said = (announced_then(reference, target), announced_now(forecasts, target)[-rows:])
-        old, new = (np.c_[each, np.sign(each)] for each in said)
+        old = announced_then(reference, target)
+        new = as_in_training(announced_now(forecasts, target)[-rows:], np.sort(old))
+        old, new = (np.c_[each, np.sign(each)] for each in (old, new))
         found["forecasts"] = column_drift(old, new, names=["forecast", "direction"], rate=share)
     if rows := families.get("performance"):
         known = forecasts.dropna(subset=["loss" if target == "label" else "y_true"]).tail(rows)

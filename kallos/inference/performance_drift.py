@@ -83,7 +83,12 @@ def climbs(
     size, against = (_sizes(each) for each in (errors, reference))
     pairs = {"change in errors": (size[0], against[0])}
     pairs["change against naive"] = (size[0] - size[1], against[0] - against[1])
-    return {name: page_hinkley(ranks_among(values, among)) for name, (values, among) in pairs.items()}
+    return {name: page_hinkley(_ranks(values, among)) for name, (values, among) in pairs.items()}
+
+
+def _ranks(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+    unit = 1e-3 * float(among.std()) or 1.0
+    return ranks_among(np.round(values / unit), np.round(among / unit))
 
 
 def _sizes(errors: Errors) -> tuple[np.ndarray, np.ndarray]:
