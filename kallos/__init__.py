@@ -96,6 +96,10 @@ __getattr__, __dir__, __all__ = lazy(
             "ensemble",
             "ensemble_app",
         ),
+        "serve_commands": (
+            "serve",
+            "serve_app",
+        ),
         "main": (
             "app",
             "main",

@@ -44,10 +44,24 @@ _PREDICT = {
 
 # %% ../nbs/58b_inference_options.ipynb #94126219
 _SERVE = {
-    "bundles_path": option(
-        Path, "Folder in which every folder or zip is a bundle; changes are taken up.", name="--bundles"
+    "bundles_path": option(Path, "Folder with bundles, as folders or zips; changes are taken up.", name="--bundles"),
+    "workers": option(int, "Processes that answer.", "1"),
+    "keys": option(Path, "File of keys; who shows none of them is refused.", "no keys, and this machine alone"),
+    "new_key": option(str, "Make a key of that name, show it once, and end."),
+    "revoke_key": option(str, "Take the key of that name back, and end."),
+    "store_url": option(
+        str, "Database whose newest bars can be asked for.", "KALLOS_DB_URL, else none", name="--db-url"
     ),
+    "most_rows": option(int, "Bars of one asset in a request.", "20000", name="--max-rows"),
+    "max_body": option(float, "MiB of a request's body.", "4"),
+    "request_timeout": option(float, "Seconds that a request may take.", "10", name="--timeout"),
+    "concurrency": option(int, "Requests at once, of one worker; more are told to come back.", "128"),
+    "connections": option(int, "Open connections, of one worker.", "1024"),
+    "trusted_bars": option(float, "Bars since the newest one closed that make it stale.", "2", name="--stale-after"),
+    "refuse_stale": flag("--refuse-stale", "Refuse stale bars, and not only mark them."),
 }
+
+# %% ../nbs/58b_inference_options.ipynb #7c1de5a0
 _DRIFT = {
     "drift_bundle": option(Path, "The bundle whose model is watched: a folder or a zip.", name="--bundle"),
     "stored_forecasts": option(

@@ -22,10 +22,8 @@ from .ensemble_commands import ensemble_app
 from .evaluate_commands import evaluate_app
 from .predict_commands import predict_app
 from .run_commands import run_app
+from .serve_commands import serve_app
 from .validation_commands import validation_app
-
-_COMMANDS = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
-_COMMANDS += (bundle_app, predict_app, drift_app)
 
 # %% ../nbs/60_main.ipynb #662860c7
 _HELP = """From market data to a tuned and trained model, with a report of every run.
@@ -35,7 +33,8 @@ The database is --db-url, else KALLOS_DB_URL, else data/kallos.db. First steps: 
 Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted; 4 a step failed;
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
-for commands in _COMMANDS:
+_RESEARCH = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
+for commands in (*_RESEARCH, bundle_app, predict_app, serve_app, drift_app):
     app.add_typer(commands)
 
 

@@ -44,11 +44,12 @@ def start_log(
     path: str | Path | None = None,  # file that receives the JSON lines; None for no file
     *,
     quiet: bool = False,  # True prints only warnings and errors to the terminal
+    as_json: bool = False,  # True prints JSON lines there, for a service whose terminal is read by machines
 ) -> logging.Logger:
     """The logger "kallos", writing to the file and to standard error, and to nothing it wrote to before."""
     stop_log()
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(_Readable())
+    terminal.setFormatter(_JsonLines() if as_json else _Readable())
     terminal.setLevel(logging.WARNING if quiet else logging.INFO)
     _LOGGER.addHandler(terminal)
     if path is not None:
