@@ -129,6 +129,13 @@ def test_models_of_labels_travel_too(model, splits, market_url, tmp_path):
     names = ["p_down", "p_flat", "p_up", "p_naive_up"] if bundle.is_classifier else ["y_pred"]
     for name in (*names, "y_naive"):
         assert np.abs(ours[name].to_numpy() - run.forecasts[name].to_numpy()).max() <= 1e-6
+    assert bundle.members[0].labels == {
+        "horizon": 4,
+        "profit_taking": 1.0,
+        "stop_loss": 1.0,
+        "window": 30,
+        "floor": 1e-4,
+    }
     newest = bundle.predict(bars_of(market_url))
     assert newest["status"].iloc[0] == "ok" and newest["horizon"].iloc[0] == 4
 
