@@ -25,6 +25,7 @@ from kallos.evaluation.held_out import forecast_held_out, load_all_rows
 from kallos.inference.bundle import load_bundle
 from kallos.inference.bundle_files import read_bundle_files, seal, zip_bytes
 from kallos.inference.bundle_making import make_bundle
+from kallos.inference.drift_sources import truth_of
 from kallos.models.base_forecasts import ensemble_settings
 from kallos.models.cross_validation import ValidationSettings
 from kallos.models.ensemble_training import train_ensemble
@@ -136,6 +137,7 @@ def test_models_of_labels_travel_too(model, splits, market_url, tmp_path):
         "window": 30,
         "floor": 1e-4,
     }
+    assert np.allclose(truth_of(ours.reset_index(), bars_of(market_url), bundle), run.forecasts["y_true"], atol=1e-12)
     newest = bundle.predict(bars_of(market_url))
     assert newest["status"].iloc[0] == "ok" and newest["horizon"].iloc[0] == 4
 
