@@ -2843,8 +2843,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'kallos/inference/replies.py'),
                                           'kallos.inference.replies._newest_time': ( 'inference/replies.html#_newest_time',
                                                                                      'kallos/inference/replies.py'),
-                                          'kallos.inference.replies._seconds': ( 'inference/replies.html#_seconds',
-                                                                                 'kallos/inference/replies.py'),
                                           'kallos.inference.replies.closed_at': ( 'inference/replies.html#closed_at',
                                                                                   'kallos/inference/replies.py'),
                                           'kallos.inference.replies.content_of': ( 'inference/replies.html#content_of',

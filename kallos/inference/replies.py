@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +59,7 @@ _CLASSES = ("down", "flat", "up")
 
 
 def _iso(moment: np.datetime64) -> str:
-    return f"{datetime.fromtimestamp(_seconds(moment), UTC).isoformat()[:19]}Z"
-
-
-def _seconds(moment: np.datetime64) -> int:
-    return int(moment.astype("int64")) // 1_000_000
+    return f"{moment.item().isoformat(timespec='seconds')}Z"
 
 
 def _known(value: float) -> float | None:

@@ -78,9 +78,10 @@ class Shelf:
         except OSError as error:  # the whole folder is away for a moment: what was loaded goes on
             self._faults = _said({str(self.folder): error.strerror}, self._faults)
             return
-        settled = {name for name in stamps if self._stamps is None or self._stamps.get(name) == stamps[name]}
+        before = stamps if self._stamps is None else self._stamps
         take = partial(_entry, folder=self.folder, load=self._load, kept=self._kept)
-        found = {name: take(name, stamp, self.entries.get(name), name in settled) for name, stamp in stamps.items()}
+        found = {n: take(n, stamp, self.entries.get(n), before.get(n) == stamp) for n, stamp in stamps.items()}
+        found |= {n: entry for n, entry in self.entries.items() if n in before and n not in stamps}
         _forget_all(self._kept, self.entries.keys() - found.keys())
         self._stamps, self.entries = stamps, {name: entry for name, entry in found.items() if entry}
         self.models = {model: self.entries[name].bundle for model, name in speaking(self.entries).items()}
