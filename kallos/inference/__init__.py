@@ -306,6 +306,13 @@ __getattr__, __dir__, __all__ = lazy(
             "newest_rows",
             "read_recipe",
         ),
+        "replies": (
+            "BarStore",
+            "Memory",
+            "closed_at",
+            "content_of",
+            "render",
+        ),
         "request_bodies": (
             "Gone",
             "Question",
@@ -324,6 +331,14 @@ __getattr__, __dir__, __all__ = lazy(
             "build",
             "serve",
         ),
+        "service_metrics": (
+            "ServiceMetrics",
+            "count_forecast",
+            "count_inside",
+            "count_request",
+            "forget_the_dead",
+            "scrape",
+        ),
         "service_settings": (
             "ServiceSettings",
             "is_loopback",
@@ -337,21 +352,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Shelf",
             "speaking",
             "watch",
-        ),
-        "replies": (
-            "BarStore",
-            "Memory",
-            "closed_at",
-            "content_of",
-            "render",
-        ),
-        "service_metrics": (
-            "ServiceMetrics",
-            "count_forecast",
-            "count_inside",
-            "count_request",
-            "forget_the_dead",
-            "scrape",
         ),
     },
 )
