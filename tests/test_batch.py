@@ -109,12 +109,12 @@ def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 PLACES = st.lists(st.tuples(st.integers(0, 999), st.integers(1, 30)), max_size=3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     gaps=PLACES,
     filled=PLACES,
     rows=st.sampled_from([11, 60, 400, 5000]),
-    n=st.integers(900, 3500),
+    n=st.integers(900, 1800),
     jobs=st.integers(1, 3),
 )
 def test_chunks_give_the_rows_of_one_call(
