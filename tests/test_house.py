@@ -37,7 +37,9 @@ def test_the_house_keeps_its_rules(check: Callable, root: Path):
 
 def test_importing_the_floors_loads_next_to_nothing(root: Path):
     code = "import sys; before = {*sys.modules}; import kallos.core, kallos.data, kallos.models, kallos.evaluation, "
-    code += "kallos.workflow; print(*sorted({name.split('.')[0] for name in {*sys.modules} - before}))"
+    code += (
+        "kallos.inference, kallos.workflow; print(*sorted({name.split('.')[0] for name in {*sys.modules} - before}))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert {*run.stdout.split()} - sys.stdlib_module_names == {"kallos"}
 
