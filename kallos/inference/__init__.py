@@ -84,16 +84,6 @@ __getattr__, __dir__, __all__ = lazy(
             "sign_manifest",
             "zip_bytes",
         ),
-        "bundle_making": (
-            "MadeBundle",
-            "PROOF_WINDOWS",
-            "make_bundle",
-        ),
-        "bundle_proof": (
-            "HEAVY",
-            "answer_task",
-            "prove_bundle",
-        ),
         "bundle_sources": (
             "Source",
             "Trained",
@@ -267,6 +257,18 @@ __getattr__, __dir__, __all__ = lazy(
             "Shelf",
             "speaking",
             "watch",
+        ),
+        "bundle_making": (
+            "MadeBundle",
+            "PROOF_WINDOWS",
+            "Windows",
+            "make_bundle",
+        ),
+        "bundle_proof": (
+            "HEAVY",
+            "NEWEST",
+            "answer_task",
+            "prove_bundle",
         ),
     },
 )
