@@ -114,6 +114,7 @@ setup(
     ],
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["kallos", "kallos.*"]),
+    package_data={"kallos.inference": ["page.html"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["kallos-run = kallos.main:main"]},

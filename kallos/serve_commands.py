@@ -40,7 +40,7 @@ _NAMES = {
 _DOOR = "bundles_path host port workers keys new_key revoke_key public_key store_url"
 _LIMITS = "most_rows max_body request_timeout concurrency connections trusted_bars refuse_stale"
 
-
+# %% ../nbs/59k_serve_commands.ipynb #8dc58e5c
 @command(
     serve_app,
     f"{_DOOR} {_LIMITS}",

@@ -20,7 +20,7 @@ from typing import Any
 
 import orjson
 
-from ..core.errors import ConfigError, DatabaseError, DataError
+from ..core.errors import ArtifactError, ConfigError, DatabaseError, DataError
 from ..core.logs import log_event
 from .api_keys import KeyRing
 from .request_bodies import Gone, Refusal
@@ -42,7 +42,7 @@ class Visit:
         self.status, self.rows, self.read = 0, 0, False
         self.model = self.holder = self.kind = None
 
-
+# %% ../../nbs/inference/40w_border.ipynb #718bc1ee
 def _teller(visit: Visit, send: Callable) -> Callable:
     async def tell(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -55,7 +55,7 @@ def _teller(visit: Visit, send: Callable) -> Callable:
 
 _ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
-# %% ../../nbs/inference/40w_border.ipynb #e48b4929
+# %% ../../nbs/inference/40w_border.ipynb #9b9201a9
 _OPEN = {"/", "/health", "/ready"}
 
 
@@ -74,7 +74,7 @@ def _admit(scope: dict, headers: dict[bytes, bytes], visit: Visit, ring: KeyRing
         raise Refusal(401, "unauthorized", reason, {"www-authenticate": "Bearer"})
     (visit.holder, *_) = holders
 
-
+# %% ../../nbs/inference/40w_border.ipynb #e4ccb181
 def _shown_keys(headers: dict[bytes, bytes]) -> Iterator[bytes]:
     if (shown := headers.get(b"authorization")) is not None:
         scheme, _, key = shown.partition(b" ")
@@ -88,7 +88,7 @@ def _is_own_name(host: bytes) -> bool:
     name = re.sub(r":\d+$", "", host.decode("latin-1"))
     return is_loopback(name.strip("[]"))
 
-# %% ../../nbs/inference/40w_border.ipynb #163769b5
+# %% ../../nbs/inference/40w_border.ipynb #21a3a3cf
 def refusal_of(
     error: Exception,  # that came up while a request was served
 ) -> Refusal:
@@ -100,11 +100,13 @@ def refusal_of(
         return Refusal(503, "no_store", "the store cannot be read just now. Try again.", {"retry-after": "5"})
     if isinstance(error, DataError | ConfigError):
         return Refusal(422, "bad_bars" if isinstance(error, DataError) else "bad_setting", str(error))
+    if isinstance(error, ArtifactError):
+        return Refusal(500, "bad_bundle", f"the model cannot be asked: {error}")
     where = traceback.format_tb(error.__traceback__)
     log_event("a bug", level="error", error=type(error).__name__, where="".join(where))
     return Refusal(500, "bug", "this should not have happened. The log knows more under the request's id.")
 
-
+# %% ../../nbs/inference/40w_border.ipynb #43cb6f95
 def fault(
     refusal: Refusal,  # why a request is not served
     visit: Visit,  # the request
@@ -113,7 +115,7 @@ def fault(
     error = {"kind": refusal.kind, "reason": refusal.reason, "request_id": visit.id.decode()}
     return orjson.dumps({"error": error})
 
-# %% ../../nbs/inference/40w_border.ipynb #78facd80
+# %% ../../nbs/inference/40w_border.ipynb #9c54baf5
 async def refuse(
     refusal: Refusal,  # why
     visit: Visit,  # the request
@@ -130,7 +132,7 @@ async def refuse(
     await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
     await send({"type": "http.response.body", "body": body})
 
-
+# %% ../../nbs/inference/40w_border.ipynb #91776069
 async def _is_read_out(receive: Callable[[], Awaitable[dict]]) -> bool:
     try:
         async with asyncio.timeout(1):
@@ -140,7 +142,7 @@ async def _is_read_out(receive: Callable[[], Awaitable[dict]]) -> bool:
         return False
     return True
 
-# %% ../../nbs/inference/40w_border.ipynb #aac1cb8e
+# %% ../../nbs/inference/40w_border.ipynb #cc4dd0b2
 def line_of(
     visit: Visit,  # that has ended
     *,
@@ -165,14 +167,19 @@ def line_of(
     }
     return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
-# %% ../../nbs/inference/40w_border.ipynb #fb972171
+# %% ../../nbs/inference/40w_border.ipynb #ebb42a2f
+def _names() -> Iterator[bytes]:
+    """Names for requests that have none."""
+    own = token_hex(6).encode()
+    return (b"%s-%x" % (own, number) for number in count(1))
+
+# %% ../../nbs/inference/40w_border.ipynb #611ddddc
 class Border:
     """ASGI middleware: lets in, bounds, answers errors, counts and logs."""
 
     def __init__(self, app: Callable, *, settings: ServiceSettings, metrics: ServiceMetrics, **how: Any):
         self._app, self._settings, self._metrics, self._inside = app, settings, metrics, 0
-        self._ring, self._write = how.get("ring"), how["write"]
-        self._name, self._number = token_hex(6).encode(), count(1)
+        self._ring, self._write, self._names = how.get("ring"), how["write"], _names()
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Serves one request, or hands on what is none."""
@@ -180,7 +187,7 @@ class Border:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        visit = scope["visit"] = Visit(headers.get(b"x-request-id", b""), b"%s-%x" % (self._name, next(self._number)))
+        visit = scope["visit"] = Visit(headers.get(b"x-request-id", b""), next(self._names))
         waiting = scope.get("waiting", self._inside)
         room = waiting < self._settings.concurrency or scope["path"] in _OPEN
         self._inside += 1
@@ -192,7 +199,7 @@ class Border:
             self._inside -= 1
             _note(visit, scope, self._metrics, self._write, self._inside)
 
-# %% ../../nbs/inference/40w_border.ipynb #4e18c7a0
+# %% ../../nbs/inference/40w_border.ipynb #e46fea0e
 async def _serve(app: Callable, scope: dict, receive: Callable, send: Callable, *, admit: Callable, seconds: float):
     visit = scope["visit"]
     tell = _teller(visit, send)
@@ -215,7 +222,7 @@ def _late(visit: Visit, seconds: float) -> Refusal:
     reason = f"the body did not arrive within {seconds:g} seconds. Send it faster, or send fewer bars."
     return Refusal(408, "slow_sender", reason, {"connection": "close"})
 
-# %% ../../nbs/inference/40w_border.ipynb #b3439562
+# %% ../../nbs/inference/40w_border.ipynb #75da0bca
 def _note(visit: Visit, scope: dict, metrics: ServiceMetrics, write: Callable[[bytes], Any], inside: int) -> None:
     route, seconds = getattr(scope.get("route"), "path", "none"), time.perf_counter() - visit.began
     count_request(metrics, route=route, status=visit.status, seconds=seconds, kind=visit.kind)

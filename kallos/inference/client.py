@@ -79,7 +79,7 @@ def _call(client: Client, path: str, question: dict | None = None) -> dict[str, 
             raise ConfigError(problem, next_step="Is `kallos-run serve` running there?") from error
     raise AssertionError
 
-# %% ../../nbs/inference/41b_client.ipynb #76e9ac66
+# %% ../../nbs/inference/41b_client.ipynb #3ddd9f42
 def _told(error: HTTPError) -> KallosError:
     try:
         reason = json.load(error)["error"]["reason"]

@@ -25,7 +25,7 @@ class Columns(BaseModel):
     volume: list[float] = Field([], description="Traded amount, zero or above.")
     is_filled: list[bool] = Field([], description="True where no exchange printed the bar.")
 
-
+# %% ../../nbs/inference/40x_contract.ipynb #944eacbd
 _WAYS = [{"required": ["bars"]}, {"required": ["asset_id", "timeframe"]}]
 
 
@@ -39,7 +39,7 @@ class Question(BaseModel):
     timeframe: str = Field("", description="Length of a bar, e.g. 1d.")
     level: float = Field(0.9, gt=0, lt=1, description="Share of truths that the interval is to hold.")
 
-# %% ../../nbs/inference/40x_contract.ipynb #ffcef6dc
+# %% ../../nbs/inference/40x_contract.ipynb #fd2acd31
 class Forecast(BaseModel):
     """A forecast, with the names of a Forecasts table."""
 
@@ -62,7 +62,7 @@ class Forecast(BaseModel):
     age_seconds: float = Field(description="Since the newest bar closed.")
     stale: bool = Field(description="Whether that is longer than this service was told to trust.")
 
-# %% ../../nbs/inference/40x_contract.ipynb #f7a84b67
+# %% ../../nbs/inference/40x_contract.ipynb #7c2df14f
 class Error(BaseModel):
     """Why a request was not served."""
 
@@ -83,7 +83,7 @@ class Health(BaseModel):
     status: str
     models: int
 
-# %% ../../nbs/inference/40x_contract.ipynb #2219e923
+# %% ../../nbs/inference/40x_contract.ipynb #8abdaf00
 class Model(BaseModel):
     """A model that is loaded."""
 
@@ -106,7 +106,7 @@ class Model(BaseModel):
     has_skill: bool | None
     drift: bool | None = Field(description="Whether drift was found; null if it was not measured for this version.")
 
-# %% ../../nbs/inference/40x_contract.ipynb #79994ecd
+# %% ../../nbs/inference/40x_contract.ipynb #96890703
 class FullModel(Model):
     """A model with its card."""
 
@@ -117,7 +117,7 @@ class FullModel(Model):
     gap_policy: str | None
     drift_report: dict[str, Any] | None = Field(description="What `kallos-run drift` found for this version.")
 
-
+# %% ../../nbs/inference/40x_contract.ipynb #37ad49d7
 class Refused(BaseModel):
     """A bundle of the folder that is not used."""
 
@@ -140,7 +140,7 @@ class Bars(BaseModel):
     timeframe: str
     bars: dict[str, list[Any]]
 
-# %% ../../nbs/inference/40x_contract.ipynb #3a62e675
+# %% ../../nbs/inference/40x_contract.ipynb #00575a3b
 _MEANINGS = {
     400: "The body is no JSON.",
     401: "No key, or none that is valid.",
@@ -152,7 +152,7 @@ _MEANINGS = {
     415: "The body is not declared as JSON.",
     421: "Without keys the service answers to names of its own machine only.",
     422: "These bars allow no forecast, or the request asks for something else; the reason says what to do.",
-    500: "A bug.",
+    500: "A bug, or a model whose graph fails.",
     503: "Too many requests at once, no model yet, or no answer of the store; see Retry-After.",
 }
 _SHARED = (401, 405, 408, 421, 500, 503)
@@ -166,19 +166,17 @@ def faults(
     found[503]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
     return found
 
-# %% ../../nbs/inference/40x_contract.ipynb #699e4165
-_ROWS = {"open": [61168.1, 62387.4], "high": [62470.0, 63913.1], "low": [60776.8, 61552.3], "close": [62387.4, 61992.0]}
+# %% ../../nbs/inference/40x_contract.ipynb #3a8f3311
+_ROWS = {"open": [61168.1, 62387.4], "high": [62470.0, 63913.1], "low": [60776.8, 61552.3]}
+_ROWS |= {"close": [62387.4, 61992.0], "volume": [3113.2, 2980.4]}
 _EXAMPLES = {
     "bars": {
         "summary": "Bars as they come from an exchange",
-        "value": {"bars": {"ts": [1709251200000, 1709337600000], **_ROWS, "volume": [3113.2, 2980.4]}, "level": 0.9},
+        "value": {"bars": {"ts": [1709251200000, 1709337600000], **_ROWS}, "level": 0.9},
     },
     "text": {
         "summary": "Times as text, and an interval of another level",
-        "value": {
-            "bars": {"ts": ["2024-03-01", "2024-03-02T00:00Z"], **_ROWS, "volume": [3113.2, 2980.4]},
-            "level": 0.5,
-        },
+        "value": {"bars": {"ts": ["2024-03-01", "2024-03-02T00:00Z"], **_ROWS}, "level": 0.5},
     },
     "several": {
         "summary": "A model of several assets",
@@ -188,7 +186,7 @@ _EXAMPLES = {
 }
 _REF = "#/components/schemas/{model}"
 
-# %% ../../nbs/inference/40x_contract.ipynb #4e6d8a54
+# %% ../../nbs/inference/40x_contract.ipynb #ab48206c
 def body_of_question() -> dict[str, Any]:
     """What FastAPI adds to the path that takes a question."""
     content = {"schema": {"$ref": _REF.format(model="Question")}, "examples": _EXAMPLES}
@@ -203,7 +201,7 @@ def _without_defaults(schema: Any) -> Any:
         return schema
     return {k: _without_defaults(v) for k, v in schema.items() if k != "default" or isinstance(v, float)}
 
-
+# %% ../../nbs/inference/40x_contract.ipynb #06b0cbee
 def complete(
     document: dict[str, Any],  # as FastAPI writes it
     *,

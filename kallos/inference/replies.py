@@ -38,8 +38,6 @@ def content_of(
     """The answer in JSON's types, but for its age; `Refusal` with status 422 if the bars allow no forecast."""
     if answer.status != "ok":
         raise Refusal(422, answer.status, f"no forecast from these bars: {answer.reason}")
-    said = {"y_pred": answer.y_pred, "y_naive": answer.y_naive, "y_lower": answer.y_lower, "y_upper": answer.y_upper}
-    classes = ("down", "flat", "up")
     return {
         "model": bundle.id,
         "digest": bundle.digest,
@@ -51,12 +49,15 @@ def content_of(
         "ts": _iso(answer.ts),
         "target_ts": _iso(answer.target_ts),
         "close_at_ts": float(answer.close),
-        **{name: _known(value) for name, value in said.items()},
+        **{name: _known(getattr(answer, name)) for name in ("y_pred", "y_naive", "y_lower", "y_upper")},
         "level": level,
-        "probabilities": answer.probabilities and dict(zip(classes, map(float, answer.probabilities), strict=True)),
+        "probabilities": answer.probabilities and dict(zip(_CLASSES, map(float, answer.probabilities), strict=True)),
     }
 
-# %% ../../nbs/inference/40t_replies.ipynb #5d8c0eac
+# %% ../../nbs/inference/40t_replies.ipynb #d2cf146e
+_CLASSES = ("down", "flat", "up")
+
+
 def _iso(moment: np.datetime64) -> str:
     return f"{datetime.fromtimestamp(_seconds(moment), UTC).isoformat()[:19]}Z"
 
@@ -75,7 +76,7 @@ def closed_at(
     """When the newest bar closed, in seconds since 1970."""
     return datetime.fromisoformat(content["ts"]).timestamp()
 
-# %% ../../nbs/inference/40t_replies.ipynb #86183aac
+# %% ../../nbs/inference/40t_replies.ipynb #abb8c9c2
 _CLOCKS = 5.0  # seconds by which the clocks of two machines may differ
 
 
@@ -101,7 +102,7 @@ def render(
         raise Refusal(409, "stale", f"{problem}, and old bars are refused here. Send newer ones, or fill the store.")
     return orjson.dumps(content | {"age_seconds": round(max(age, 0.0), 3), "stale": stale})
 
-# %% ../../nbs/inference/40t_replies.ipynb #e51e2a76
+# %% ../../nbs/inference/40t_replies.ipynb #48e6d7ed
 _TAIL, _LONGEST = 512, 2**18
 
 
@@ -127,7 +128,7 @@ class Memory:
         if len(self._answers) > self._size:
             self._answers.popitem(last=False)
 
-# %% ../../nbs/inference/40t_replies.ipynb #55121594
+# %% ../../nbs/inference/40t_replies.ipynb #1dfd25b9
 class BarStore:
     """The database of bars, opened when it is first asked."""
 
@@ -152,7 +153,7 @@ class BarStore:
         read = {a: arrays_of(b, columns=columns[a], what=f"the stored bars of {a}") for a, b in bars.items()}
         return read if len(bundle.assets) > 1 else read[bundle.assets[0]]
 
-# %% ../../nbs/inference/40t_replies.ipynb #3e612fad
+# %% ../../nbs/inference/40t_replies.ipynb #301d3762
 def _newest_time(engine: Any, asset_id: str, timeframe: str) -> "pd.Timestamp | None":
     import pandas as pd
     import sqlalchemy as sa

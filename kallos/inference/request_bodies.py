@@ -37,7 +37,7 @@ _PIECE = Callable[[], Awaitable[dict[str, Any]]]
 class Gone(Exception):
     """The sender has hung up; nobody waits for an answer."""
 
-
+# %% ../../nbs/inference/40s_request_bodies.ipynb #e2055ae8
 async def read_body(
     receive: _PIECE,  # the next message of an ASGI server
     *,
@@ -62,7 +62,7 @@ async def read_body(
         raise Refusal(413, "too_large", reason, {"connection": "close"})
     return bytes(body)
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #6ded4e95
+# %% ../../nbs/inference/40s_request_bodies.ipynb #b833048e
 class Question(NamedTuple):
     """What a request asks for."""
 
@@ -70,7 +70,7 @@ class Question(NamedTuple):
     level: float  # share of truths that the interval is to hold
     rows: int  # bars that came with the request
 
-
+# %% ../../nbs/inference/40s_request_bodies.ipynb #3dcb4d34
 _WORDS = {"bars", "asset_id", "timeframe", "level"}
 
 
@@ -95,7 +95,7 @@ def read_question(
     bars = arrays if len(bundle.assets) > 1 else arrays[bundle.assets[0]]
     return Question(bars, level, sum(rows for _, rows in read.values()))
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #c3cb1b2a
+# %% ../../nbs/inference/40s_request_bodies.ipynb #a4312117
 def _object(body: bytes) -> dict:
     try:
         given = orjson.loads(body)
@@ -114,7 +114,7 @@ def _shown(value: object) -> object:
     text = repr(value)
     return ("null" if value is None else value) if len(text) <= 80 else f"{text[:77]}..."
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #187d7436
+# %% ../../nbs/inference/40s_request_bodies.ipynb #0e588ed5
 def _check_identity(given: dict, bundle: "Bundle") -> None:
     for name, own in (("asset_id", bundle.asset_id), ("timeframe", bundle.timeframe)):
         if given.get(name, own) != own:
@@ -137,7 +137,7 @@ def _tables(bars: object, bundle: "Bundle") -> dict[str, dict]:
         wanted = 'columns of equal length: {"ts": [...], "close": [...], ...}'
     raise DataError("bars are not what this model reads", _shown(got), f"Send {wanted}.")
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #74d4fbce
+# %% ../../nbs/inference/40s_request_bodies.ipynb #883efb8f
 def _arrays(table: dict, asset: str, bundle: "Bundle", max_rows: int, *, strict: bool) -> tuple[dict, int]:
     wanted = bundle.columns_of[asset]
     names = [name for name in (*wanted, "is_filled") if name in table]
@@ -156,7 +156,7 @@ def _arrays(table: dict, asset: str, bundle: "Bundle", max_rows: int, *, strict:
     newest = slice(max(0, rows - bundle.bars_needed), rows)
     return {name: _column(name, table[name][newest], newest.start, strict) for name in names}, rows
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #45f0821f
+# %% ../../nbs/inference/40s_request_bodies.ipynb #18e6d0c2
 def _may_hold_truths(body: bytes) -> bool:
     return body.find(b"f") >= 0 or body.find(b"r", body.find(b"r") + 1) >= 0
 
@@ -177,13 +177,13 @@ def _column(name: str, values: list, first: int, strict: bool) -> np.ndarray:
         _check_kinds(values, first, name, {int, float}, "Send JSON numbers, without quotes.")
     return found
 
-
+# %% ../../nbs/inference/40s_request_bodies.ipynb #d8c00797
 def _check_kinds(values: list, first: int, name: str, kinds: set[type], todo: str) -> None:
     if not {*map(type, values)} <= kinds:
         at = next(at for at, value in enumerate(values) if type(value) not in kinds)
         raise DataError(f"{name} holds something of a wrong type at row {first + at}", _shown(values[at]), todo)
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #0d073085
+# %% ../../nbs/inference/40s_request_bodies.ipynb #a995c245
 _LAST_MS = 253_402_300_800_000  # the year 10,000
 
 
@@ -206,7 +206,7 @@ def _fails(read: Callable[[list], np.ndarray], value: object) -> bool:
     except (ValueError, struct_error):
         return True
 
-# %% ../../nbs/inference/40s_request_bodies.ipynb #74d75448
+# %% ../../nbs/inference/40s_request_bodies.ipynb #705de317
 def _from_ms(values: list) -> np.ndarray:
     found = np.frombuffer(pack(f"{len(values)}q", *values), "int64")
     if len(found) and not 0 <= found.min() <= found.max() < _LAST_MS:

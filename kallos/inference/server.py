@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# %% ../../nbs/inference/41a_server.ipynb #9405f371
 from uvicorn import Config, Server
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -32,10 +33,7 @@ from ..core.logs import log_event, start_log
 from .api_keys import read_keys
 from .service_settings import ServiceSettings
 
-# %% ../../nbs/inference/41a_server.ipynb #cdc43c38
-_MOST_HEAD = 65_536  # bytes
-
-
+# %% ../../nbs/inference/41a_server.ipynb #94ea4b85
 class BoundedProtocol(HttpToolsProtocol):
     """A connection that may neither stay silent nor send a head for ever."""
 
@@ -60,7 +58,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         _watch(self, len(data))
 
-# %% ../../nbs/inference/41a_server.ipynb #0912a409
+# %% ../../nbs/inference/41a_server.ipynb #a2eadb78
+_MOST_HEAD = 65_536  # bytes
+
+
 def _watch(connection: BoundedProtocol, received: int) -> None:
     if connection.in_head and connection.timer is None:
         late = partial(_end, connection, "408 Request Timeout")
@@ -81,13 +82,14 @@ def _end(connection: BoundedProtocol, status: str, header: str = "") -> None:
         connection.transport.write(said.encode())
         connection.transport.close()
 
-# %% ../../nbs/inference/41a_server.ipynb #7198db5c
+# %% ../../nbs/inference/41a_server.ipynb #cccd912f
 def build(
     settings: ServiceSettings,  # all that the service is told
     folder: Path,  # of this run, shared by its workers
 ) -> Callable:
     """The application of this process."""
-    from kallos.inference.serving import make_app, make_service
+    from kallos.inference.asking import make_service
+    from kallos.inference.serving import make_app
 
     _log_as_json()
     several = settings.workers > 1
@@ -104,7 +106,7 @@ def build(
         log_event("the service cannot begin", level="error", reason=f"{type(error).__name__}: {error}", where=where)
         sys.exit(STARTUP_FAILURE)
 
-# %% ../../nbs/inference/41a_server.ipynb #61dda80e
+# %% ../../nbs/inference/41a_server.ipynb #36d19389
 def _follow(parent: int) -> None:
     if os.getppid() != parent:
         log_event("the supervisor is gone", level="error")
@@ -117,7 +119,7 @@ def _log_as_json() -> None:
     server.handlers, server.propagate = log.handlers, False
     server.setLevel(logging.INFO)
 
-# %% ../../nbs/inference/41a_server.ipynb #40bfdf94
+# %% ../../nbs/inference/41a_server.ipynb #a130f761
 def _check(settings: ServiceSettings) -> None:
     if not settings.bundles.is_dir():
         raise ConfigError("there is no such folder of bundles", str(settings.bundles), "Make it, or name another.")
@@ -137,7 +139,7 @@ def _listen(settings: ServiceSettings) -> socket.socket:
         todo = "Name another --port or --host."
         raise ConfigError(f"cannot listen at {settings.host} ({error.strerror})", settings.port, todo) from None
 
-# %% ../../nbs/inference/41a_server.ipynb #431f6bcd
+# %% ../../nbs/inference/41a_server.ipynb #e482a7cb
 def _config(settings: ServiceSettings, folder: Path) -> Config:
     return Config(
         partial(build, settings, folder),
@@ -156,7 +158,7 @@ def _config(settings: ServiceSettings, folder: Path) -> Config:
         timeout_worker_healthcheck=10,
     )
 
-# %% ../../nbs/inference/41a_server.ipynb #efd8032f
+# %% ../../nbs/inference/41a_server.ipynb #62abb202
 def serve(
     settings: ServiceSettings,  # all that the service is told
     *,
@@ -174,7 +176,7 @@ def serve(
             else:
                 _run_one(config, door)
 
-
+# %% ../../nbs/inference/41a_server.ipynb #ee19706a
 def _run_one(config: Config, door: socket.socket) -> None:
     server = Server(config)
 
@@ -185,14 +187,14 @@ def _run_one(config: Config, door: socket.socket) -> None:
         signal.signal(number, stop)
     server.run(sockets=[door])
 
-# %% ../../nbs/inference/41a_server.ipynb #929e6b30
+# %% ../../nbs/inference/41a_server.ipynb #c78bb260
 class _Supervisor(Multiprocess):
     def terminate_all(self) -> None:
         for door in self.sockets:
             door.close()
         super().terminate_all()
 
-
+# %% ../../nbs/inference/41a_server.ipynb #a11e86c8
 def _run_several(config: Config, door: socket.socket) -> None:
     _log_as_json()
     supervisor = _Supervisor(config, sockets=[door])

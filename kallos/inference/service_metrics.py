@@ -140,7 +140,7 @@ def _drift(shelf: Shelf) -> "Iterator[GaugeMetricFamily]":
     fired = dict(_of_features(reports, "fired"))
     yield _gauges("kallos_drift_feature_fired", "1 if the feature has drifted.", ["model", "feature"], fired)
 
-# %% ../../nbs/inference/40u_service_metrics.ipynb #6243a85d
+# %% ../../nbs/inference/40u_service_metrics.ipynb #152e2eec
 def _of_features(reports: dict[str, dict], name: str) -> Iterator[tuple[tuple[str, str], float]]:
     for model, report in reports.items():
         features = report.get("features")
@@ -156,7 +156,7 @@ def _seconds(moment: object) -> float | None:
     except ValueError:
         return None
 
-# %% ../../nbs/inference/40u_service_metrics.ipynb #10760587
+# %% ../../nbs/inference/40u_service_metrics.ipynb #bd85e904
 def scrape(
     metrics: ServiceMetrics,  # of this worker
     shelf: Shelf,  # of this worker
@@ -168,7 +168,7 @@ def scrape(
     registry.register(_Now(metrics, shelf))
     return generate_latest(registry)
 
-# %% ../../nbs/inference/40u_service_metrics.ipynb #754041cd
+# %% ../../nbs/inference/40u_service_metrics.ipynb #80d48e95
 def forget_the_dead(
     *also: int,  # process numbers that count as dead though a process has them, e.g. one's own before the first count
 ) -> None:
