@@ -42,7 +42,7 @@ def arrays_of(
         found["is_filled"] = filled
     return found
 
-
+# %% ../../nbs/inference/39b_bar_arrays.ipynb #9573fb90
 _MEND = "Mend it at its source."
 
 

@@ -140,6 +140,9 @@ def open_bundle(
     return bundle
 
 # %% ../../nbs/inference/40_bundle.ipynb #86a3b361
+#| export
+
+# %% ../../nbs/inference/40_bundle.ipynb #269ca0ee
 def _paper_faults(bundle: Bundle) -> Iterator[tuple[str, bool]]:
     manifest = bundle.manifest
     needs = {"bars_needed": bundle.bars_needed, "columns": [*bundle.columns], "assets": [*bundle.assets]}
@@ -158,7 +161,7 @@ def _is_verdict(said: Any) -> bool:
     decided &= said.keys() >= {"has_skill", "same_model"} and isinstance(said.get("metrics"), dict)
     return decided and all(text.replace("\n", " ").isprintable() for text in (said["sentence"], said["rows"]))
 
-
+# %% ../../nbs/inference/40_bundle.ipynb #1cf1f88c
 def _check_papers(bundle: Bundle) -> None:
     try:
         fault = next((problem for problem, broken in _paper_faults(bundle) if broken), None)
@@ -167,7 +170,7 @@ def _check_papers(bundle: Bundle) -> None:
     if fault:
         raise ArtifactError(f"the manifest of the bundle makes no sense: {fault}", bundle.id, "Make the bundle again.")
 
-
+# %% ../../nbs/inference/40_bundle.ipynb #f697ddb9
 def _check_golden(bundle: Bundle, golden: dict[str, Any]) -> None:
     todo = "Make it again; if it was made on another kind of processor, make it on this one."
     try:

@@ -90,7 +90,7 @@ def _from_zip(path: Path) -> dict[str, bytes]:
             raise _refuse(f"{path.name} cannot be read as a zip ({error})") from error
         raise
 
-
+# %% ../../nbs/inference/39_bundle_files.ipynb #79bbbade
 _END = struct.Struct("<4s4H2LH")  # of a zip: signature, two disks, two counts of entries, size and place of the list
 _MOST_LIST = 1 << 16
 
@@ -107,7 +107,7 @@ def _check_directory(path: Path) -> None:
     if size > _MOST_LIST or comment:
         raise _refuse(f"{path.name} lists more files than a bundle has", size)
 
-
+# %% ../../nbs/inference/39_bundle_files.ipynb #08d4d0a5
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     _check_size(entry.filename, entry.file_size)
     if entry.flag_bits & 1:

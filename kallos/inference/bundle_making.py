@@ -62,7 +62,7 @@ class Windows(NamedTuple):
     ts: pd.DatetimeIndex  # (m) when the forecasts were made
     said: np.ndarray  # (m) forecasts less naive forecasts, or (m, 3) probabilities
 
-
+# %% ../../nbs/inference/40f_bundle_making.ipynb #675fa408
 def _windows(source: Source) -> Windows:
     """Of the newest windows that all models have; DataError if there is none."""
     common = _ends(source.models[0])
@@ -89,7 +89,7 @@ class MadeBundle:
     manifest: dict[str, Any]
     proof: dict[str, Any]  # windows, largest difference
 
-
+# %% ../../nbs/inference/40f_bundle_making.ipynb #d233a9e1
 def _pack(
     source: Source, verdict: Verdict | None, bars: dict[str, pd.DataFrame], last: pd.Timestamp
 ) -> tuple[dict, dict[str, bytes]]:
@@ -120,7 +120,7 @@ def _is_bundle(path: Path) -> bool:
     except (KallosError, OSError, zipfile.BadZipFile):
         return False
 
-
+# %% ../../nbs/inference/40f_bundle_making.ipynb #bc9b4a57
 def _refuse_others(path: Path, *, zipped: bool) -> None:
     """ConfigError if something lies there that is no bundle."""
     if not path.exists():

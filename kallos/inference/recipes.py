@@ -116,7 +116,7 @@ def _faults(recipe: Recipe):
     yield "the formula takes other numbers", not {*recipe.parameters} <= takes
     yield "a number is out of range", any(not _usable(key, value) for key, value in recipe.parameters.items())
 
-
+# %% ../../nbs/inference/35_recipes.ipynb #978bfd6f
 def _try(recipe: Recipe) -> None:
     tiny = {name: np.full(4, 1.0) for name in BAR_COLUMNS} | {"ts": np.arange(4).astype("datetime64[D]")}
     try:
