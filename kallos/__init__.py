@@ -88,6 +88,10 @@ __getattr__, __dir__, __all__ = lazy(
             "predict",
             "predict_app",
         ),
+        "drift_commands": (
+            "drift",
+            "drift_app",
+        ),
         "ensemble_commands": (
             "ensemble",
             "ensemble_app",

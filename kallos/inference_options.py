@@ -64,6 +64,13 @@ _SERVE = {
 # %% ../nbs/58b_inference_options.ipynb #7c1de5a0
 _DRIFT = {
     "drift_bundle": option(Path, "The bundle whose model is watched: a folder or a zip.", name="--bundle"),
+    "stored_forecasts": option(
+        Path, "What predict stored, a file or its folder.", "the bundle is asked again", name="--forecasts"
+    ),
+    "window_rows": option(int, "Newest rows that are checked.", "a thirtieth of the training rows", name="--rows"),
+    "alarm_rate": option(float, "How often a check of an unchanged market gives an alarm.", "0.05", name="--rate"),
+    "most_missing": option(float, "Share of the window's bars that may be missing or filled.", "0.05"),
+    "drift_path": option(Path, "Folder of the answers.", "drift", name="--output-path"),
 }
 
 # %% ../nbs/58b_inference_options.ipynb #9bab4174

@@ -25,6 +25,7 @@ from kallos.evaluation.held_out import forecast_held_out, load_all_rows
 from kallos.inference.bundle import load_bundle
 from kallos.inference.bundle_files import read_bundle_files, seal, zip_bytes
 from kallos.inference.bundle_making import make_bundle
+from kallos.inference.drift_sources import truth_of
 from kallos.models.base_forecasts import ensemble_settings
 from kallos.models.cross_validation import ValidationSettings
 from kallos.models.ensemble_training import train_ensemble
@@ -129,6 +130,14 @@ def test_models_of_labels_travel_too(model, splits, market_url, tmp_path):
     names = ["p_down", "p_flat", "p_up", "p_naive_up"] if bundle.is_classifier else ["y_pred"]
     for name in (*names, "y_naive"):
         assert np.abs(ours[name].to_numpy() - run.forecasts[name].to_numpy()).max() <= 1e-6
+    assert bundle.members[0].labels == {
+        "horizon": 4,
+        "profit_taking": 1.0,
+        "stop_loss": 1.0,
+        "window": 30,
+        "floor": 1e-4,
+    }
+    assert np.allclose(truth_of(ours.reset_index(), bars_of(market_url), bundle), run.forecasts["y_true"], atol=1e-12)
     newest = bundle.predict(bars_of(market_url))
     assert newest["status"].iloc[0] == "ok" and newest["horizon"].iloc[0] == 4
 

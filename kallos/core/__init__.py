@@ -164,5 +164,11 @@ __getattr__, __dir__, __all__ = lazy(
             "LABELS",
             "check_table",
         ),
+        "drift_plots": (
+            "plot_climb",
+            "plot_distances",
+            "plot_rolling_errors",
+            "plot_then_and_now",
+        ),
     },
 )

@@ -32,7 +32,7 @@ class Answer(NamedTuple):
     y_lower: float  # of the interval; NaN if the model was never evaluated
     y_upper: float
     probabilities: tuple[float, float, float] | None  # of down, flat and up
-    status: str  # ok, too_short, gap or filled
+    status: str  # ok, too_short, gap, filled or no_number
     reason: str  # in words, empty if ok
 
 # %% ../../nbs/inference/39e_answers.ipynb #4c602e6d
@@ -94,12 +94,17 @@ def _why(parts: PackedModel, bars: Mapping[str, Arrays], place: int) -> tuple[st
             return "too_short", f"{asset}: {stop - first} bars up to here, and {needed} are needed"
     return "gap", f"an amount that a feature reads is empty in the last {parts.bars_needed} bars"
 
+
+_NO_NUMBER = "no_number", "the model answers no finite number: some value is very far from all that it learned from"
+
 # %% ../../nbs/inference/39e_answers.ipynb #ca7477c4
 def by_asset(
     parts: PackedModel,  # whose assets are meant
     given: Mapping[str, Any],  # bars of the asset that is forecast, or of several by asset
 ) -> dict[str, Any]:
     """What was given for each asset; DataError if one is missing."""
+    if not isinstance(given, Mapping):
+        raise DataError("these are no bars", type(given).__name__, "Give columns, or bars by asset.")
     if "ts" in given:
         given = {parts.asset_id: given}
     if missing := [asset for asset in parts.assets if asset not in given]:
@@ -123,6 +128,8 @@ def half_width(
 ) -> float:
     """Half of the interval's width, of closes as a share; NaN without an evaluation, ConfigError on another level."""
     widths = parts.intervals
+    if isinstance(level, bool) or not isinstance(level, int | float | np.floating):
+        raise ConfigError("the level of an interval is a share", level, "Give one such as 0.9.")
     if widths and f"{level:g}" not in widths:
         raise ConfigError("the bundle has no interval of this level", level, f"It has {', '.join(widths)}.")
     return widths.get(f"{level:g}", np.nan)
@@ -142,6 +149,8 @@ def answer_newest(
     if any(window is None for window in windows) or ("is_filled" in own and own["is_filled"][-1]):
         return Answer(*times, *[np.nan] * 4, None, *_why(parts, bars, len(own["ts"]) - 1))
     (moved,), p = _say(parts, windows)
+    if not np.isfinite(moved):
+        return Answer(*times, *[np.nan] * 4, None, *_NO_NUMBER)
     naive = float(_naive(parts, windows[parts.own].last)[0])
     y, half = naive + float(moved), width * (close if parts.target == "close" else 1.0)
     found = None if p is None else tuple(p[0].tolist())
@@ -160,11 +169,15 @@ def answer_rows(
     """(m) rows, each the forecast after its bar, or why there is none."""
     own, width = bars[parts.asset_id], half_width(parts, level)
     y, naive, p, whole = _forecast_at(parts, bars, places)
+    finite = np.isfinite(y)
+    y, naive = np.where(finite, y, np.nan), np.where(finite, naive, np.nan)
     half = width * (own["close"][places] if parts.target == "close" else 1.0)
     numbers = {"y_pred": y, "y_naive": naive, "y_lower": y - half, "y_upper": y + half}
     why = [("ok", "") if good else _why(parts, bars, place) for good, place in zip(whole, places, strict=True)]
+    for place in np.flatnonzero(whole & ~finite):
+        why[place] = _NO_NUMBER
     said = {"status": [status for status, _ in why], "reason": [reason for _, reason in why]}
-    return _about(parts, own, places).assign(**numbers, **_probabilities(parts, p, whole), **said)
+    return _about(parts, own, places).assign(**numbers, **_probabilities(parts, p, finite), **said)
 
 # %% ../../nbs/inference/39e_answers.ipynb #439a8ccb
 def _forecast_at(parts: PackedModel, bars: Mapping[str, Arrays], places: np.ndarray) -> tuple:
@@ -213,5 +226,5 @@ def _probabilities(parts: PackedModel, p: np.ndarray | None, whole: np.ndarray) 
     """The columns of classes, none for numbers."""
     if p is None:
         return {}
-    often = np.where(whole[:, None], [parts.members[0].frequencies], np.nan)
+    p, often = (np.where(whole[:, None], one, np.nan) for one in (p, [parts.members[0].frequencies]))
     return dict(zip((*PROBABILITIES, *NAIVE_PROBABILITIES), (*p.T, *often.T), strict=True))

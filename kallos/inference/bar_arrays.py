@@ -27,16 +27,39 @@ def arrays_of(
     """The columns as arrays, `is_filled` where a bar is; DataError on a missing column, text, or times without UTC."""
     if missing := [name for name in columns if name not in bars]:
         raise DataError(f"{what} lacks columns: {', '.join(missing)}", [*bars][:20], "Give all of them.")
+    if twice := [name for name in dict.fromkeys([*columns, "is_filled"]) if [*bars].count(name) > 1]:
+        raise DataError(f"{what} has columns twice: {', '.join(twice)}", [*bars][:20], "Give each once.")
     if str(getattr(bars["ts"].dtype, "tz", None)) != "UTC":
         raise DataError(f"{what}: ts must be UTC", str(bars["ts"].dtype), "Use pandas.to_datetime(..., utc=True).")
+    if (missing := bars["ts"].isna()).any():
+        raise DataError(f"{what}: {missing.sum()} bars have no time", next_step=_MEND)
+    found = {name: _numbers(bars[name], name, what) for name in columns if name != "ts"}
     try:
-        found = {name: np.ascontiguousarray(bars[name], "float64") for name in columns if name != "ts"}
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{what} holds text among its numbers", str(error), "Mend it at its source.") from error
-    found["ts"] = pd.DatetimeIndex(bars["ts"]).as_unit("us").asi8.view("datetime64[us]")
-    if "is_filled" in bars and (filled := bars["is_filled"].to_numpy(bool)).any():
+        found["ts"] = pd.DatetimeIndex(bars["ts"]).as_unit("us", round_ok=False).asi8.view("datetime64[us]")
+    except ValueError as error:
+        raise DataError(f"{what}: a time is no whole microsecond, or out of range", str(error), _MEND) from error
+    if "is_filled" in bars and (filled := _flags(bars["is_filled"], what)).any():
         found["is_filled"] = filled
     return found
+
+
+_MEND = "Mend it at its source."
+
+
+def _numbers(column: pd.Series, name: str, what: str) -> np.ndarray:
+    plain = column.dtype.kind in "fiu" or (column.dtype == object and not any(isinstance(one, str) for one in column))
+    try:
+        if not plain:
+            raise TypeError(f"{column.dtype} is no kind of number")
+        return np.ascontiguousarray(column, "float64")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what}: {name} holds text or other things among its numbers", str(error), _MEND) from error
+
+
+def _flags(column: pd.Series, what: str) -> np.ndarray:
+    if column.isna().any() or not column.isin([True, False]).all():
+        raise DataError(f"{what}: is_filled is neither true nor false", [*column[:3]], "Say of each bar which it is.")
+    return column.to_numpy(bool)
 
 # %% ../../nbs/inference/39b_bar_arrays.ipynb #39865414
 @cache
@@ -99,11 +122,19 @@ def _check_bounds(bars: Arrays, what: str) -> None:
 
 # %% ../../nbs/inference/39b_bar_arrays.ipynb #5e1a77c0
 _PLAIN = {"ts", "open", "high", "low", "close", "volume"}
+_KINDS = {"ts": np.dtype("datetime64[us]"), "is_filled": np.dtype(bool)}
+_FLOAT = np.dtype("float64")
+
+
+def _is_array(name: str, values: np.ndarray) -> bool:
+    return isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype == _KINDS.get(name, _FLOAT)
 
 
 def _is_plain(bars: Arrays, timeframe: str, columns: tuple[str, ...]) -> bool:
     """Whether the bars can be seen at a glance to keep all rules."""
-    if bars.keys() != _PLAIN or not _PLAIN.issuperset(columns) or len({*map(len, bars.values())}) > 1:
+    if bars.keys() != _PLAIN or not _PLAIN.issuperset(columns) or not all(_is_array(*one) for one in bars.items()):
+        return False
+    if len({*map(len, bars.values())}) > 1:
         return False
     opens, high, low, close, volume = (bars[name] for name in ("open", "high", "low", "close", "volume"))
     times, step = bars["ts"].view("int64"), int(step_of(timeframe).astype("int64"))
@@ -125,6 +156,10 @@ def check_arrays(
         return
     if missing := [name for name in columns if name not in bars]:
         raise DataError(f"{what}: missing columns {', '.join(missing)}", [*bars][:20], "Send all of them.")
+    if strange := [one for one in bars.items() if not _is_array(*one)]:
+        kinds = {name: str(getattr(values, "dtype", type(values).__name__)) for name, values in strange}
+        todo = "Give ts as datetime64[us], is_filled as bool and all others as float64."
+        raise DataError(f"{what}: the columns are no arrays of such numbers", kinds, todo)
     if len({len(values) for values in bars.values()}) > 1:
         lengths = {name: len(values) for name, values in bars.items()}
         raise DataError(f"{what}: the columns are not of the same length", lengths, "Send one value a bar.")

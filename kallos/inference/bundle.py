@@ -6,7 +6,7 @@
 __all__ = ['Bundle', 'load_bundle', 'open_bundle', 'golden_example']
 
 # %% ../../nbs/inference/40_bundle.ipynb #3df50b0b
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.errors import ArtifactError, KallosError
+from ..core.errors import ArtifactError, DataError, KallosError
 from ..data.bars import to_utc
 from .answers import Answer, answer_newest, answer_rows, by_asset, check_all
 from .bar_arrays import Arrays, arrays_of, step_of
@@ -59,6 +59,9 @@ def _forecast(bundle: Bundle, columns: Arrays | Mapping[str, Arrays], level: flo
 def _arrays(bundle: Bundle, bars: Any) -> dict[str, Arrays]:
     """By asset; DataError on bars that are none."""
     given = by_asset(bundle, {bundle.asset_id: bars} if isinstance(bars, pd.DataFrame) else bars)
+    if strange := [asset for asset, table in given.items() if not isinstance(table, pd.DataFrame)]:
+        kind = type(given[strange[0]]).__name__
+        raise DataError(f"the bars of {strange[0]} are no frame", kind, "Give a pandas.DataFrame for each asset.")
     columns = bundle.columns_of
     found = {a: arrays_of(table, columns=columns[a], what=f"the bars of {a}") for a, table in given.items()}
     check_all(bundle, found)
@@ -132,10 +135,39 @@ def open_bundle(
     card = files.files["card.md"].decode("utf-8", "replace")
     papers = {"manifest": files.manifest, "digest": files.digest, "card": card}
     bundle = Bundle(**{field.name: getattr(parts, field.name) for field in fields(PackedModel)}, **papers)
+    _check_papers(bundle)
     _check_golden(bundle, read_object(files.files["golden.json"], name="golden.json"))
     return bundle
 
 # %% ../../nbs/inference/40_bundle.ipynb #86a3b361
+def _paper_faults(bundle: Bundle) -> Iterator[tuple[str, bool]]:
+    manifest = bundle.manifest
+    needs = {"bars_needed": bundle.bars_needed, "columns": [*bundle.columns], "assets": [*bundle.assets]}
+    for name, value in needs.items():
+        yield f"{name} is not what its members need", manifest.get(name) != value
+    span, said = manifest.get("trained"), manifest.get("evaluation")
+    yield "it does not say what it has seen", not isinstance(span, dict) or not isinstance(span.get("seen_until"), str)
+    to_utc(span["seen_until"])
+    yield "its evaluation is no verdict", said is not None and not _is_verdict(said)
+
+
+def _is_verdict(said: Any) -> bool:
+    if not isinstance(said, dict) or not all(isinstance(said.get(name), str) for name in ("sentence", "rows")):
+        return False
+    decided = all(said.get(name, 0) in (True, False, None) for name in ("has_skill", "same_model"))
+    decided &= said.keys() >= {"has_skill", "same_model"} and isinstance(said.get("metrics"), dict)
+    return decided and all(text.replace("\n", " ").isprintable() for text in (said["sentence"], said["rows"]))
+
+
+def _check_papers(bundle: Bundle) -> None:
+    try:
+        fault = next((problem for problem, broken in _paper_faults(bundle) if broken), None)
+    except DataError as error:
+        fault = str(error)
+    if fault:
+        raise ArtifactError(f"the manifest of the bundle makes no sense: {fault}", bundle.id, "Make the bundle again.")
+
+
 def _check_golden(bundle: Bundle, golden: dict[str, Any]) -> None:
     todo = "Make it again; if it was made on another kind of processor, make it on this one."
     try:

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import stat
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def _check_size(name: str, size: int) -> None:
 # %% ../../nbs/inference/39_bundle_files.ipynb #8dce514c
 def _from_zip(path: Path) -> dict[str, bytes]:
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             _check_names([entry.filename for entry in entries])
@@ -89,16 +91,38 @@ def _from_zip(path: Path) -> dict[str, bytes]:
         raise
 
 
+_END = struct.Struct("<4s4H2LH")  # of a zip: signature, two disks, two counts of entries, size and place of the list
+_MOST_LIST = 1 << 16
+
+
+def _check_directory(path: Path) -> None:
+    """ArtifactError if the list of entries is longer than that of any bundle: it is read as a whole."""
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 20 - _END.size))
+        end = file.read()
+    if not end[-_END.size :].startswith(b"PK\5\6") or end.startswith(b"PK\6\7"):
+        raise _refuse(f"{path.name} cannot be read as a zip (it is cut off, has a comment, or is a zip64)")
+    _, *_, size, _, comment = _END.unpack(end[-_END.size :])
+    if size > _MOST_LIST or comment:
+        raise _refuse(f"{path.name} lists more files than a bundle has", size)
+
+
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     _check_size(entry.filename, entry.file_size)
     if entry.flag_bits & 1:
         raise _refuse("a bundle is not encrypted", entry.filename)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _refuse("a bundle is not packed in this way", f"{entry.filename}: method {entry.compress_type}")
     with archive.open(entry) as file:
         content = file.read(_ALL[entry.filename] + 1)
     _check_size(entry.filename, len(content))
     return content
 
 # %% ../../nbs/inference/39_bundle_files.ipynb #981b5157
+_MOST_PARTS = 100_000  # objects and lists: each takes twenty times the memory of its two brackets
+
+
 def read_object(
     content: bytes,  # JSON text, UTF-8
     *,
@@ -109,6 +133,8 @@ def read_object(
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
 
+    if (parts := content.count(b"{") + content.count(b"[")) > _MOST_PARTS or content.count(b'"') > 8 * _MOST_PARTS:
+        raise _refuse(f"{name} has more parts than it may have", parts)
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:

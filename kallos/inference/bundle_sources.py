@@ -122,8 +122,8 @@ def read_source(
 def label_settings(
     settings: RunSettings,  # of a training
 ) -> dict[str, float] | None:
-    """Horizon and barriers of the labels; None unless labelled returns are forecast."""
-    if settings.target_col != "return":
+    """Horizon and barriers of the labels; None unless labels or their returns are forecast."""
+    if settings.target_col not in ("return", "label"):
         return None
     barriers = TimeSeriesDataContainer.load(settings.splits).settings.barriers
     return {"horizon": settings.horizon} | ({} if barriers is None else vars(barriers))

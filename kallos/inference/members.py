@@ -50,7 +50,8 @@ def past_target(
     if target == "return":
         return _settled(bars, labels, timeframe)
     found, logs = np.full(len(close), np.nan), np.log(close)
-    joined = bars["ts"][1:] - bars["ts"][:-1] == step_of(timeframe)
+    printed = ~bars["is_filled"] if "is_filled" in bars else np.ones(len(close), bool)
+    joined = (bars["ts"][1:] - bars["ts"][:-1] == step_of(timeframe)) & printed[1:] & printed[:-1]
     found[1:] = np.where(joined, logs[1:] - logs[:-1], np.nan)
     return found
 

@@ -51,6 +51,7 @@ class PackedModel:
 
 # %% ../../nbs/inference/39d_packed_models.ipynb #b0145b6d
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_MOST_FEATURES = 2_000  # of all members together
 _TARGETS = ("close", "log_close", "log_return", "return", "label")
 
 
@@ -58,14 +59,18 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() and not {*value} & {*"/\\"}
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 # %% ../../nbs/inference/39d_packed_models.ipynb #f6cb2cca
 def _faults(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    yield "id is no name", not _NAME.fullmatch(str(manifest.get("id")))
+    yield "id is no name", not isinstance(manifest.get("id"), str) or not _NAME.fullmatch(manifest["id"])
     for name in ("asset_id", "model"):
-        yield f"{name} is no text", not isinstance(manifest.get(name), str) or not 0 < len(manifest[name]) <= 200
+        yield f"{name} is no name", not _is_label(manifest.get(name))
     yield "timeframe is unknown", manifest.get("timeframe") not in [*TIMEFRAMES]
     yield "target is unknown", manifest.get("target") not in _TARGETS
     yield "horizon is no number of bars", not _is_whole(manifest.get("horizon"), 1, 10_000)
@@ -86,6 +91,7 @@ _LABELS = {"horizon", "profit_taking", "stop_loss", "window", "floor"}
 def _member_faults(about: dict[str, Any], target: str) -> Iterator[tuple[str, bool]]:
     for name, kind in _FIELDS.items():
         yield f"{name} is no {kind.__name__}", not isinstance(about.get(name), kind)
+    yield "its asset or its label is no name", not all(_is_label(about[name]) for name in ("asset_id", "label"))
     texts = [*about["features"], *about["inputs"]]
     yield "names are no texts", not all(isinstance(text, str) for text in texts) or len(about["inputs"]) != 2
     yield "input_chunk_length is no number of rows", not _is_whole(about.get("input_chunk_length"), 1, 10_000)
@@ -111,6 +117,8 @@ def read_packed_model(
     manifest = files.manifest
     _refuse(_faults(manifest), manifest, "the manifest")
     recipes, numbers = (read_object(files.files[name], name=name) for name in ("features.json", "scaler.json"))
+    if (many := sum(len(one) for one in recipes.values() if isinstance(one, list))) > _MOST_FEATURES:
+        raise ArtifactError("the bundle has more features than it may have", many, _AGAIN)
     made = [_read_member(about, manifest, recipes, numbers) for about in manifest["members"]]
     session = open_session(files.files["model.onnx"], threads=threads)
     _check_graph(session, made)

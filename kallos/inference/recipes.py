@@ -128,7 +128,8 @@ def _try(recipe: Recipe) -> None:
 def _usable(key: str, value: Any) -> bool:
     if key in ("wave", "name"):
         return value in (_WAVES if key == "wave" else BAR_COLUMNS)
-    return isinstance(value, bool) or (type(value) is int and 1 <= value <= _LONGEST)
+    most = 20 if key == "smoothings" else _LONGEST  # each smoothing is a pass over all bars
+    return isinstance(value, bool) or (type(value) is int and 1 <= value <= most)
 
 # %% ../../nbs/inference/35_recipes.ipynb #dce195d9
 def bars_needed(
@@ -194,6 +195,8 @@ def _one(recipe: Recipe, market: Market, longer: Market | None) -> tuple[np.ndar
     how = {"inputs": recipe.inputs, "warmup": recipe.warmup, "gap_safe": recipe.gap_safe, "what": recipe.name}
     if longer is None:
         return lay_over(market, recipe.compute, **how)
+    if not {*recipe.inputs} <= {*longer.columns}:  # an amount that none of these bars has
+        return np.full(len(market.printed), np.nan), np.zeros(len(market.printed), bool)
     values, known = lay_over(longer, recipe.compute, **how)
     place = latest_closed(market.columns["ts"], longer.columns["ts"], timeframe=longer.timeframe)
     return np.append(values, np.nan)[place], np.append(known, False)[place]

@@ -207,11 +207,12 @@ def ask(port: int, requests: list[bytes], *, connections: int, seconds: float) -
 @contextmanager
 def running(command: list[object], core: int, log: Path, *, port: int | None = None) -> Iterator[tuple]:
     """A server that answers, bound to the core, and its port, which it prints first if it is not told."""
-    words = ["taskset", "-c", str(core), *map(str, command)]
-    beside = os.pathsep.join([str(Path(words[3]).parent), os.environ["PATH"]])  # mlflow calls the uvicorn that it finds
+    words = [*map(str, command)]
+    beside = os.pathsep.join([str(Path(words[0]).parent), os.environ["PATH"]])  # mlflow calls the uvicorn that it finds
     quiet = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "PATH": beside}
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file if port else subprocess.PIPE, stderr=file, env=quiet)
+        how = {"env": quiet, "preexec_fn": lambda: os.sched_setaffinity(0, {core})}
+        process = subprocess.Popen(words, stdout=file if port else subprocess.PIPE, stderr=file, **how)
         try:
             port = port or int(process.stdout.readline())
             until = time.monotonic() + 60
