@@ -59,7 +59,9 @@ def test_a_wheel_holds_the_modules_and_the_run_notebooks(root: Path, bare: Path)
     subprocess.run([sys.executable, "-m", "build", "--no-isolation"], cwd=bare, check=True)
     (wheel,) = bare.glob("dist/kallos-*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    code = {path.relative_to(root).as_posix() for path in (root / "kallos").rglob("*.py")}
+    code = {
+        path.relative_to(root).as_posix() for kind in ("py", "html") for path in (root / "kallos").rglob(f"*.{kind}")
+    }
     runs = {f"kallos/notebooks/{path.name}" for path in house.run_notebooks(root)}
     assert runs
     assert held == code | runs
