@@ -2459,6 +2459,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'kallos/inference/drift_runs.py')},
             'kallos.inference.drift_sources': { 'kallos.inference.drift_sources.DriftSettings': ( 'inference/drift_sources.html#driftsettings',
                                                                                                   'kallos/inference/drift_sources.py'),
+                                                'kallos.inference.drift_sources.DriftSettings.folder': ( 'inference/drift_sources.html#driftsettings.folder',
+                                                                                                         'kallos/inference/drift_sources.py'),
                                                 'kallos.inference.drift_sources.Recent': ( 'inference/drift_sources.html#recent',
                                                                                            'kallos/inference/drift_sources.py'),
                                                 'kallos.inference.drift_sources._labelled': ( 'inference/drift_sources.html#_labelled',

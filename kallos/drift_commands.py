@@ -47,7 +47,7 @@ def _check(settings: "DriftSettings", name: str, db_url: str | None, no_report: 
     if no_report:
         run_drift(settings, db=db_url)
     else:
-        run_notebook("monitor", settings, output=settings.output_path / f"{name}.ipynb", db_url=db_url)
+        run_notebook("monitor", settings, output=settings.folder / f"{name}.ipynb", db_url=db_url)
 
 # %% ../nbs/59l_drift_commands.ipynb #9a73b861
 def _tell(folder: Any, name: str, no_report: bool) -> bool:
@@ -85,5 +85,5 @@ def drift(
     db_url, no_report, settings = given.get("db_url"), given.get("no_report", False), _settings(given)
     name = load_bundle(find_file(settings.bundle), public_key=settings.public_key).id
     _check(settings, name, db_url, no_report)
-    if _tell(settings.output_path, name, no_report):
-        raise DriftFired("something has drifted", next_step=f"See {settings.output_path / name}.json.")
+    if _tell(settings.folder, name, no_report):
+        raise DriftFired("something has drifted", next_step=f"See {settings.folder / name}.json.")

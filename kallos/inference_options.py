@@ -70,7 +70,7 @@ _DRIFT = {
     "window_rows": option(int, "Newest rows that are checked.", "a thirtieth of the training rows", name="--rows"),
     "alarm_rate": option(float, "How often a check of an unchanged market gives an alarm.", "0.05", name="--rate"),
     "most_missing": option(float, "Share of the window's bars that may be missing or filled.", "0.05"),
-    "drift_path": option(Path, "Folder of the answers.", "drift", name="--output-path"),
+    "drift_path": option(Path, "Folder of the answers.", "drift beside the bundle", name="--output-path"),
 }
 
 # %% ../nbs/58b_inference_options.ipynb #9bab4174

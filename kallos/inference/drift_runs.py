@@ -77,7 +77,7 @@ def run_drift(
     drift = measure_drift(reference, recent.features, recent.forecasts, **how)
     record = drift_record(drift, bundle, at=recent.now)
     record["notes"] += _without_forecast(recent.forecasts)
-    written = write_drift(settings.output_path, record)
+    written = write_drift(settings.folder, record)
     return DriftRun(settings, bundle, reference, recent, drift, record, written)
 
 # %% ../../nbs/inference/42d_drift_runs.ipynb #d5dbd775

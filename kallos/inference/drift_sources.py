@@ -39,7 +39,12 @@ class DriftSettings(Settings):
     stale_after: float = Field(STALE_AFTER, ge=0, description="bars that may be missing at the end")
     most_missing: float = Field(MOST_MISSING, ge=0, lt=1, description="share of bars that may be missing or filled")
     public_key: Path | None = Field(None, description="Ed25519 key, as PEM, that must have signed the bundle")
-    output_path: Path = Field(Path("drift"), description="folder of the answers, a page a bundle")
+    output_path: Path | None = Field(None, description="folder of the answers; drift beside the bundle if none")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the answers, where the service looks for them unless another is named."""
+        return self.output_path or self.bundle.absolute().parent / "drift"
 
 # %% ../../nbs/inference/42c_drift_sources.ipynb #7a89f59c
 def _of_database(bundle: "Bundle", db: Any, now: pd.Timestamp, need: int) -> dict[str, pd.DataFrame]:

@@ -50,7 +50,7 @@ def _quality(evaluation: dict[str, Any] | None) -> list[str]:
     }[evaluation["same_model"]]
     return [
         "## How good it is",
-        f"On the {evaluation['rows']}:",
+        f"Rows: {evaluation['rows']}.",
         "\n".join(["| figure | value |", "|---|---|", *rows]),
         same,
     ]
