@@ -206,7 +206,11 @@ def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
         typer.echo(f"As tuned: {_in_words(metrics, of_classes=settings.target_col == 'label')}")
     reports = () if no_report else ("*_train.ipynb", "*_train.html")
     _tell_files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
-    tell_next("kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included")
+    manifest = settings.folder / f"{settings.model_name}_{settings.asset_id}_manifest.json"
+    verdict = "kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included"
+    tell_next(
+        verdict, f"kallos-run bundle --manifest {shlex.quote(str(manifest))}: a package that forecasts from raw bars"
+    )
 
 # %% ../nbs/59c_run_commands.ipynb #6a37e0c9
 def _study_file(folder: Path) -> tuple[Any, Any]:

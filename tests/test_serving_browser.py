@@ -117,7 +117,7 @@ def test_bars_that_are_pasted_or_chosen_get_a_forecast(width, scheme, chromium, 
         expected = load_bundle(folder / "bundles" / MODEL).predict(bars).iloc[0]
         assert f"{expected['y_pred']:.6g}" in tab.text("#forecast")
         assert tab.page.query_selector("#chart svg .band")
-        ticks = [float(label.text_content()) for label in tab.page.query_selector_all("#chart g text")]
+        ticks = [float(label.text_content().replace(",", "")) for label in tab.page.query_selector_all("#chart g text")]
         closes = bars["close"].tail(60)
         assert ticks[0] == pytest.approx(closes.min(), rel=0.05) and ticks[2] == pytest.approx(closes.max(), rel=0.05)
         rows = json.loads(bars.assign(ts=bars["ts"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")).to_json(orient="records"))
