@@ -16,7 +16,7 @@ from kallos.data.sample import sample_bars
 from kallos.evaluation.evaluation import Evaluation, evaluate
 from kallos.evaluation.evaluation_settings import EvaluateSettings
 from kallos.evaluation.held_out import load_all_rows, look_once
-from kallos.models import cross_validation
+from kallos.models import validation
 from kallos.models.container import TimeSeriesDataContainer
 from kallos.models.cross_validation import ValidationSettings, cross_validate
 from kallos.models.label_trainer import load_run
@@ -192,13 +192,13 @@ def test_the_last_fit_learns_nothing_of_a_test_label(name, tmp_path):
     """Barriers touched early let labels of twenty bars end shortly before the test: none reaches into it."""
     splits, fitted = write_splits(tmp_path, martingale(4), "20", profit_taking=0.3, stop_loss=0.3), []
     settings = evaluation_settings(splits, tmp_path, name, horizon=20, max_epochs=1, device="cpu", precision="32")
-    watched = cross_validation.run_fold
+    watched = validation.fit_fold
 
     def watch(fold, *args, **how):
         fitted.append(fold)
         return watched(fold, *args, **how)
 
-    with patch.object(cross_validation, "run_fold", watch):
+    with patch.object(validation, "fit_fold", watch):
         table = load_all_rows(settings)
         held = look_once(settings, PARAMETERS[name], table=table, n_epochs=None, folder=tmp_path)
     sides = [*fitted[0].train, *(fitted[0].stop or [])]

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kallos.data.store import write_bars
@@ -402,6 +403,19 @@ def test_workers_do_not_outlive_their_supervisor(versions, tmp_path):
         workers = running.workers()
         running.stop(signal.SIGKILL)
         wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
+
+
+@pytest.mark.slow
+def test_nor_do_workers_that_had_not_begun_when_it_died(versions, tmp_path):
+    lay_version(versions[0][0], tmp_path / "bundles")
+    code = "import sys; sys.argv[0] = 'kallos-run'; from kallos.main import main; main()"
+    words = [sys.executable, "-c", code, "serve", "--bundles", tmp_path / "bundles", "--port", 0, "--workers", 2]
+    with subprocess.Popen([*map(str, words)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        supervisor = psutil.Process(process.pid)
+        wait_for(lambda: len(supervisor.children()) > 2, seconds=60)  # a tracker of resources, and the workers
+        workers = supervisor.children()
+        process.kill()
+    wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), seconds=60)
 
 
 def test_the_service_loads_nothing_that_it_does_not_need(versions, tmp_path):

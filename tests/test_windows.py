@@ -76,11 +76,15 @@ def make_older(place: Path) -> None:
 def test_the_first_test_row_is_the_one_made_at_the_end_date(market):
     seen = windows.seen_until(forecasts_in(market))
     forecasts = check_table(pd.read_parquet(seen.path), FORECASTS, what="test forecasts")
-    assert seen.until == UNTIL and forecasts["ts"].min() == UNTIL - pd.Timedelta(days=2)  # about the day after
+    assert seen.until == UNTIL == forecasts["ts"].min()
     rows, marked = windows.test_rows(forecasts, seen)
+    assert not marked and len(rows) == len(forecasts)
+    moment = forecasts["ts"] - pd.Timedelta(days=2)
+    earlier = forecasts.assign(ts=moment, target_ts=moment + pd.Timedelta(days=3))  # two of them reach over the end
+    rows, marked = windows.test_rows(earlier, seen)
     assert not marked and rows["ts"].min() == UNTIL and len(rows) == len(forecasts) - 2
-    whole, marked = windows.test_rows(forecasts, seen, in_sample=True)
-    assert marked and whole.equals(forecasts)
+    whole, marked = windows.test_rows(earlier, seen, in_sample=True)
+    assert marked and whole.equals(earlier)
 
 
 @pytest.mark.parametrize("bars_before", [1, 2, 3, 4])
@@ -182,7 +186,7 @@ def test_a_later_statement_wins_and_an_equal_one_changes_nothing(folder):
     assert windows.seen_until(forecasts_in(folder), stated=END) == plain
     moved = windows.seen_until(forecasts_in(folder), stated="2022-10-01")
     forecasts = pd.read_parquet(moved.path)
-    with pytest.raises(ConfigError, match=r"\d+ of \d+ forecasts, made from 2022-06-28"):
+    with pytest.raises(ConfigError, match=r"\d+ of \d+ forecasts, made from 2022-06-30"):
         windows.test_rows(forecasts, moved)
     assert charges.record_backtest(forecasts, moved).models == 1  # it is still the evaluation's model
 

@@ -86,6 +86,7 @@ def _end(connection: BoundedProtocol, status: str, header: str = "") -> None:
 def build(
     settings: ServiceSettings,  # all that the service is told
     folder: Path,  # of this run, shared by its workers
+    supervisor: int = 0,  # process that the workers follow; it may have died before a worker got here
 ) -> Callable:
     """The application of this process."""
     from kallos.inference.asking import make_service
@@ -99,7 +100,7 @@ def build(
 
             forget_the_dead(os.getpid())
         service = make_service(settings, kept=folder / "kept" if several else None)
-        also = partial(_follow, os.getppid()) if several else bool
+        also = partial(_follow, supervisor) if several else bool
         return make_app(service, write=partial(os.write, sys.stderr.fileno()), also=also)
     except Exception as error:  # noqa: BLE001 -- whatever it is, it is said, and the supervisor must not try for ever
         where = "".join(traceback.format_tb(error.__traceback__))
@@ -142,7 +143,7 @@ def _listen(settings: ServiceSettings) -> socket.socket:
 # %% ../../nbs/inference/41a_server.ipynb #e482a7cb
 def _config(settings: ServiceSettings, folder: Path) -> Config:
     return Config(
-        partial(build, settings, folder),
+        partial(build, settings, folder, os.getpid()),
         factory=True,
         workers=settings.workers,
         loop="uvloop",
