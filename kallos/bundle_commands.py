@@ -48,8 +48,7 @@ def bundle(
     _tell(made.manifest, made.digest, made.path)
     windows, largest = made.proof["windows"], made.proof["largest"]
     typer.echo(f"  proven in a fresh process on {windows:,} windows, largest difference {largest:.2g}")
-    name, asset = made.path, made.manifest["asset_id"]
-    tell_next(f"kallos-run predict --bundle {name} --asset-id {asset}", f"kallos-run serve --bundles {name.parent}")
+    tell_next(f"kallos-run predict --bundle {made.path}", f"kallos-run serve --bundles {made.path.parent}")
 
 # %% ../nbs/59i_bundle_commands.ipynb #0f275efd
 @command(
