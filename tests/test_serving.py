@@ -402,7 +402,7 @@ def test_workers_do_not_outlive_their_supervisor(versions, tmp_path):
     with serving(tmp_path / "bundles", "--workers", 2) as running:
         workers = running.workers()
         running.stop(signal.SIGKILL)
-        wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
+        wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), seconds=60)
 
 
 @pytest.mark.slow
