@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'PRICE_COLUMNS', 'OPTIONAL_BAR_COLUMNS', 'BAR_COLUMNS', 'FORECAST_KEYS', 'PROBABILITIES',
-           'NAIVE_PROBABILITIES', 'timeframe_delta', 'bars_per_year', 'length_name']
+           'NAIVE_PROBABILITIES', 'timeframe_delta', 'step_of', 'bars_per_year', 'length_name']
 
 # %% ../../nbs/core/00b_columns.ipynb #fd2e9430
+from functools import cache
+
+import numpy as np
 import pandas as pd
 
 from .errors import DataError
@@ -24,6 +27,14 @@ def timeframe_delta(
     if timeframe not in TIMEFRAMES:
         raise DataError("unknown timeframe", received=timeframe, next_step=f"Use one of {', '.join(TIMEFRAMES)}.")
     return TIMEFRAMES[timeframe]
+
+# %% ../../nbs/core/00b_columns.ipynb #1fd29e33
+@cache
+def step_of(
+    timeframe: str,  # length of a bar
+) -> np.timedelta64:
+    """The length of a bar in microseconds."""
+    return np.timedelta64(timeframe_delta(timeframe) // pd.Timedelta(microseconds=1), "us")
 
 # %% ../../nbs/core/00b_columns.ipynb #f2048142
 def bars_per_year(

@@ -27,12 +27,6 @@ __getattr__, __dir__, __all__ = lazy(
             "predict",
             "store_of",
         ),
-        "bar_arrays": (
-            "Arrays",
-            "arrays_of",
-            "check_arrays",
-            "step_of",
-        ),
         "bar_feeds": (
             "CHUNK",
             "closed_bars",
@@ -352,6 +346,11 @@ __getattr__, __dir__, __all__ = lazy(
             "Shelf",
             "speaking",
             "watch",
+        ),
+        "bar_arrays": (
+            "Arrays",
+            "arrays_of",
+            "check_arrays",
         ),
     },
 )

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core.columns import NAIVE_PROBABILITIES, PROBABILITIES
+from ..core.columns import NAIVE_PROBABILITIES, PROBABILITIES, step_of
 from ..core.errors import ArtifactError, ConfigError, DataError
-from .bar_arrays import Arrays, check_arrays, step_of
+from .bar_arrays import Arrays, check_arrays
 from .members import Prepared, Window, deviations, newest_window, prepare_rows
 from .onnx_guard import runtime_faults
 from .packed_models import PackedModel

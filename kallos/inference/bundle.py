@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.columns import step_of
 from ..core.errors import ArtifactError, DataError, KallosError
 from ..data.bars import to_utc
 from .answers import Answer, answer_newest, answer_rows, by_asset, check_all
-from .bar_arrays import Arrays, arrays_of, step_of
+from .bar_arrays import Arrays, arrays_of
 from .bundle_files import BundleFiles, read_bundle_files, read_object
 from .packed_models import PackedModel, read_packed_model
 from .recipes import compute_recipes

@@ -13,6 +13,7 @@ import json
 import stat
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -83,12 +84,11 @@ def _from_zip(path: Path) -> dict[str, bytes]:
             entries = archive.infolist()
             _check_names([entry.filename for entry in entries])
             return {entry.filename: _read_entry(archive, entry) for entry in entries}
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGED as error:
         raise _refuse(f"{path.name} cannot be read as a zip ({error})") from error
-    except Exception as error:
-        if type(error).__module__ in ("zlib", "_lzma", "lzma", "struct"):  # damaged within
-            raise _refuse(f"{path.name} cannot be read as a zip ({error})") from error
-        raise
+
+
+_DAMAGED = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, RuntimeError, EOFError, ValueError)
 
 # %% ../../nbs/inference/39_bundle_files.ipynb #79bbbade
 _END = struct.Struct("<4s4H2LH")  # of a zip: signature, two disks, two counts of entries, size and place of the list

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.columns import PROBABILITIES
+from ..core.columns import PROBABILITIES, step_of
 from ..core.errors import ArtifactError
-from .bar_arrays import arrays_of, step_of
+from .bar_arrays import arrays_of
 from .bundle import Bundle, load_bundle
 
 # %% ../../nbs/inference/40d_bundle_proof.ipynb #9e97dd87

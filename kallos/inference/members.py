@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..core.columns import step_of
 from ..core.errors import ArtifactError
 from ..data.causal import run_spans
 from ..data.indicators import realised_volatility
-from .bar_arrays import Arrays, step_of
+from .bar_arrays import Arrays
 from .recipes import Recipe, bars_needed, compute_recipes, newest_rows
 from .scaling import Scaling, read_scaling
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.columns import BAR_COLUMNS, TIMEFRAMES, timeframe_delta
+from ..core.columns import BAR_COLUMNS, TIMEFRAMES, step_of, timeframe_delta
 from ..core.errors import ArtifactError, ConfigError
 from ..data import indicators
 from ..data.bars import resample_bars
@@ -156,7 +156,7 @@ def as_market(
     names: tuple[str, ...],  # the columns that are read
 ) -> Market:
     """The market that the bars describe, by close time."""
-    step = np.timedelta64(timeframe_delta(timeframe) // pd.Timedelta(microseconds=1), "us")
+    step = step_of(timeframe)
     closes = bars["ts"] + step
     filled = bars.get("is_filled")
     printed = np.ones(len(closes), bool) if filled is None else ~filled
@@ -210,7 +210,7 @@ def newest_rows(
     rows: int,  # newest rows wanted
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows, k) values of the newest bars, NaN where unknown, and (rows) True where all of them are known."""
-    step, ts = np.timedelta64(timeframe_delta(timeframe) // pd.Timedelta(microseconds=1), "us"), bars["ts"]
+    step, ts = step_of(timeframe), bars["ts"]
     whole = len(ts) > rows and ts[-1] - ts[0] == (len(ts) - 1) * step and "is_filled" not in bars
     if not whole or any(r.timeframe or len(ts) < r.warmup + rows for r in recipes):
         values, known = compute_recipes(recipes, bars, timeframe=timeframe)
