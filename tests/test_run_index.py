@@ -1,4 +1,4 @@
-"""The index of runs on both kinds of database: rows that come, change and go, secrets kept out, and databases of old."""
+"""The index of runs on both kinds of database: rows that come, change and go, and neither secrets nor doubles."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -5,6 +5,24 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "data_fingerprints": (
+            "Asked",
+            "changed_tables",
+            "data_fingerprints",
+        ),
+        "run_records": (
+            "KIND",
+            "LOCK",
+            "Run",
+            "begun_at",
+            "find_run_folder",
+            "find_runs",
+            "flatten",
+            "is_running",
+            "open_run",
+            "part_folder",
+            "read_run",
+        ),
         "reports": (
             "Report",
             "ReportEngine",
