@@ -19,7 +19,7 @@ from .bars import to_utc
 from .database import reading, writing
 from .tables import RUNS
 
-# %% ../../nbs/data/12h_run_index.ipynb #5cac2737
+# %% ../../nbs/data/12h_run_index.ipynb #8208dc3c
 STATUSES = ("running", "done", "failed", "interrupted")
 _TIMES, _TEXTS = ("created_at", "finished_at"), ("settings", "metrics")
 
@@ -35,6 +35,7 @@ def _check(run: Mapping[str, Any]) -> None:
 
 def _to_row(run: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: value for name, value in run.items() if value is not None}
+    row |= {"folder": str(row["folder"])} if "folder" in row else {}
     row |= {name: to_utc(run[name]).value // 10**6 for name in _TIMES if name in row}
     texts = {name: mask_secrets(to_plain(mask_secrets(run[name]))) for name in _TEXTS if name in row}
     return row | {name: json.dumps(value, sort_keys=True) for name, value in texts.items()}

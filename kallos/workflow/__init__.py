@@ -23,6 +23,22 @@ __getattr__, __dir__, __all__ = lazy(
             "part_folder",
             "read_run",
         ),
+        "run_comparison": (
+            "Comparison",
+            "GROUPS",
+            "HIGHER",
+            "LOWER",
+            "compare_runs",
+            "differing_settings",
+            "figures_of",
+            "shared_figures",
+        ),
+        "pruning": (
+            "Pruned",
+            "SHOWCASE",
+            "gone_runs",
+            "prune_runs",
+        ),
         "reports": (
             "Report",
             "ReportEngine",
