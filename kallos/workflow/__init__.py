@@ -33,6 +33,18 @@ __getattr__, __dir__, __all__ = lazy(
             "figures_of",
             "shared_figures",
         ),
+        "run_differences": (
+            "COMPARED",
+            "Difference",
+            "Place",
+            "VOLATILE",
+            "compare_folders",
+        ),
+        "reproduction": (
+            "Reproduction",
+            "reproduce",
+            "surroundings_notes",
+        ),
         "pruning": (
             "Pruned",
             "SHOWCASE",

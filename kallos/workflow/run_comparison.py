@@ -32,10 +32,10 @@ def differing_settings(
     differ = {name: row for name, row in texts.items() if len({*row}) > 1}
     return pd.DataFrame.from_dict(differ, orient="index", columns=[*flat]).rename_axis("setting")
 
-# %% ../../nbs/workflow/54_run_comparison.ipynb #53169cab
+# %% ../../nbs/workflow/54_run_comparison.ipynb #230044d2
 HIGHER = """skill skill_lower skill_upper sharpe sortino calmar cagr total_return net_pnl end_equity hit_rate
-profit_factor max_drawdown mean_trade_return deflated_sharpe probabilistic_sharpe deflated probabilistic shuffled_that_earn_less
-r2 directional_accuracy accuracy balanced_accuracy f1 auc mcc""".split()  # noqa: SIM905
+profit_factor max_drawdown mean_trade_return deflated_sharpe probabilistic_sharpe deflated probabilistic
+shuffled_that_earn_less r2 directional_accuracy accuracy balanced_accuracy f1 auc mcc""".split()  # noqa: SIM905
 LOWER = """rmse mae mape smape mase relative_mae rmse_price mae_price brier log_loss p_value pbo cost_share
 costs_of_capital max_drawdown_bars""".split()  # noqa: SIM905
 GROUPS = ("metrics_test", "backtest")  # of what the summary says of a part
