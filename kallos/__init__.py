@@ -35,6 +35,7 @@ __getattr__, __dir__, __all__ = lazy(
             "option",
         ),
         "inference_options": ("INFERENCE",),
+        "runs_options": ("RUNS_OPTIONS",),
         "options": (
             "Interrupted",
             "OPTIONS",
@@ -99,6 +100,15 @@ __getattr__, __dir__, __all__ = lazy(
         "serve_commands": (
             "serve",
             "serve_app",
+        ),
+        "runs_commands": (
+            "NotReproduced",
+            "compare",
+            "list_runs",
+            "prune",
+            "reproduce",
+            "reproduce_app",
+            "runs_app",
         ),
         "main": (
             "app",

@@ -17,6 +17,7 @@ import typer
 from .core.errors import KallosError
 from .inference_options import INFERENCE
 from .option_kinds import flag, many, option
+from .runs_options import RUNS_OPTIONS
 
 # %% ../nbs/59_options.ipynb #3ad72c9b
 _SHARED = {
@@ -227,7 +228,18 @@ _DASHBOARD = {
 }
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
 OPTIONS: dict[str, Any] = (
-    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | INFERENCE
+    _SHARED
+    | _DATA
+    | _FETCH
+    | _TABLES
+    | _RUN
+    | _TRAIN
+    | _TUNE
+    | _JUDGED
+    | _WORKERS
+    | _DASHBOARD
+    | INFERENCE
+    | RUNS_OPTIONS
 )
 
 # %% ../nbs/59_options.ipynb #15eee451
@@ -259,6 +271,7 @@ def command(
     required: str = "",  # those that must be typed
     example: str,  # of what is typed after the command's name
     stopped: str,  # what Ctrl-C left behind, and how to go on
+    name: str | None = None,  # as typed, e.g. "runs list" in the app of `runs`; the function's if None
 ) -> Callable[[Callable], Callable]:
     """A decorator that makes a command of a function, which then receives the options that were typed."""
 
@@ -271,8 +284,8 @@ def command(
 
         call.__signature__ = _signature(names.split(), required.split())
         call.__annotations__ = {name: OPTIONS[name] for name in names.split()}
-        name = run.__name__.replace("_", "-")
-        app.command(name, help=f"{run.__doc__}\n\nExample: kallos-run {name} {example}")(call)
+        typed = name or run.__name__.replace("_", "-")
+        app.command(typed.split()[-1], help=f"{run.__doc__}\n\nExample: kallos-run {typed} {example}".rstrip())(call)
         return run
 
     return register

@@ -349,7 +349,9 @@ def test_features_since_a_time_leave_the_earlier_rows(engine, bars):
 def test_a_database_of_an_earlier_kallos_opens_and_is_stale_as_a_whole(db_url, bars):
     engine = connect(db_url)
     write_bars(engine, bars[:500], **BTC, market="spot")
-    tables.METADATA.drop_all(engine, tables=[tables.SERIES, tables.FUNDING, tables.QUARANTINE, tables.REPAIRS])
+    tables.METADATA.drop_all(
+        engine, tables=[tables.SERIES, tables.FUNDING, tables.QUARANTINE, tables.REPAIRS, tables.RUNS]
+    )
     engine = connect(db_url, create=False)
     assert stale_from(engine, **BTC) == bars["ts"].iloc[0]
     write_bars(engine, bars, **BTC)

@@ -115,6 +115,7 @@ __getattr__, __dir__, __all__ = lazy(
             "METADATA",
             "QUARANTINE",
             "REPAIRS",
+            "RUNS",
             "SERIES",
             "connect",
         ),
@@ -152,6 +153,13 @@ __getattr__, __dir__, __all__ = lazy(
             "delete_asset",
             "list_assets",
             "nothing_found",
+        ),
+        "run_index": (
+            "STATUSES",
+            "find_run",
+            "forget_run",
+            "list_runs",
+            "record_run",
         ),
         "records": (
             "read_funding",

@@ -55,7 +55,7 @@ def delete_asset(
     asset_id: str,  # the instrument's name in kallos
 ) -> None:
     """Nothing; the asset is gone, with all that hung on it, in every timeframe."""
-    for table in reversed(METADATA.sorted_tables):
+    for table in (table for table in reversed(METADATA.sorted_tables) if "asset_id" in table.c):
         connection.execute(table.delete().where(table.c.asset_id == asset_id))
 
 # %% ../../nbs/data/11l_assets.ipynb #204add4a
