@@ -23,7 +23,7 @@ evaluate_app = typer.Typer()
 def _settings(given: dict[str, Any]) -> "EvaluateSettings":
     from kallos.evaluation.evaluation_settings import evaluation_settings
     from kallos.models.architectures import check_hyperparameters, check_model
-    from kallos.models.parameters import read_params
+    from kallos.models.parameters import hyperparameters_of
 
     if "ensemble" in given and (idle := sorted(_OF_A_MODEL & {*given})):
         todo = "Leave it out: the ensemble's manifest says what it is made of."
@@ -35,8 +35,7 @@ def _settings(given: dict[str, Any]) -> "EvaluateSettings":
     here = {} if "ensemble" in given else {"output_path": Path()}
     settings = evaluation_settings(here | given, source="the options")
     check_model(settings)
-    found = read_params(settings.params_file)["hyperparameters"]
-    check_hyperparameters(settings.model_name, found, horizon=settings.horizon)
+    check_hyperparameters(settings.model_name, hyperparameters_of(settings), horizon=settings.horizon)
     return settings
 
 # %% ../nbs/59f_evaluate_commands.ipynb #404287a9
@@ -45,6 +44,7 @@ def _report(settings: "EvaluateSettings") -> Path:
 
 
 _OF_A_MODEL = {"model_name", "params_file", "feature_groups", "n_epochs", "importance_repeats", "seed", "exact"}
+_OF_A_MODEL |= {"gradient_clip", "batch_size"}
 
 # %% ../nbs/59f_evaluate_commands.ipynb #b439d77b
 def _tell(settings: "EvaluateSettings") -> None:
@@ -67,8 +67,8 @@ def _tell(settings: "EvaluateSettings") -> None:
 _MODEL = """ensemble model_name asset_id end_date splits params_file timeframe target_col feature_groups horizon seed
 device precision"""
 _SPLITS = "schemes n_splits n_groups n_test_groups refit_every first_train_share train_window embargo"
-_FIT = "n_epochs max_epochs patience exact train_stride max_samples_per_epoch n_jobs dask_scheduler"
-_VERDICT = "fee level importance_repeats optuna_schema output_path db_url no_report"
+_FIT = "n_epochs max_epochs patience exact train_stride max_samples_per_epoch gradient_clip batch_size"
+_VERDICT = "n_jobs dask_scheduler fee level importance_repeats optuna_schema output_path db_url no_report"
 
 # %% ../nbs/59f_evaluate_commands.ipynb #be145535
 @command(

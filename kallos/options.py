@@ -91,6 +91,8 @@ _RUN = {
     "exact": flag("--exact", "Train recurrent networks with PyTorch's own layers, slower by half or more."),
     "train_stride": option(int, "Bars from one training window to the next.", "1"),
     "max_samples_per_epoch": option(int, "Windows drawn anew for each epoch.", "all"),
+    "gradient_clip": option(float, "Largest norm of a network's gradient; what is longer is shortened.", "none"),
+    "batch_size": option(int, "Windows in a batch of a network.", "searched"),
     "growing_epochs": flag("--growing-epochs", "Begin with an eighth of the windows; every epoch takes twice as many."),
     "ensemble": option(Path, "manifest.json of an ensemble, judged in place of a single model."),
     "splits": option(Path, "Labelled tables that `data` left; they also say asset, timeframe, features and end date."),
@@ -114,6 +116,12 @@ _TUNE = {
     "embargo": option(int, "Rows left out between training and validation, beyond the purged.", "0"),
     "max_epochs": option(int, "The most epochs of a fit.", "30"),
     "patience": option(int, "Epochs without a better validation loss before a fit stops.", "5"),
+    "sampler": option(str, "What suggests hyperparameters: tpe, random, cmaes or qmc.", "tpe"),
+    "search_space": option(
+        str,
+        "JSON of ranges {low, high, log, step}, choices [...] and fixed values, by hyperparameter.",
+        "the model's own",
+    ),
 }
 
 # %% ../nbs/59_options.ipynb #102d65e8

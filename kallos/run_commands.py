@@ -43,13 +43,17 @@ def _params_file(given: dict[str, Any]) -> Path:
     return given["params_file"]
 
 # %% ../nbs/59c_run_commands.ipynb #76a645a8
-def _check_run(settings: "RunSettings", db_url: str | None) -> None:
+def _check_run(kind: str, settings: "RunSettings", db_url: str | None) -> None:
     from kallos.data.assets import list_assets
     from kallos.data.store import read_features
     from kallos.data.tables import connect
-    from kallos.models.architectures import check_model_name
+    from kallos.models.architectures import check_model, check_model_name
+    from kallos.models.samplers import check_sampler
 
     check_model_name(settings.model_name)
+    if kind == "tune":
+        check_model(settings)
+        check_sampler(settings)
     if settings.splits:
         return
     engine, key = connect(db_url, create=False), {"asset_id": settings.asset_id, "timeframe": settings.timeframe}
@@ -64,7 +68,7 @@ def _stem(settings: "RunSettings") -> str:
 
 
 def _run(kind: str, settings: "RunSettings", db_url: str | None, no_report: bool) -> None:
-    _check_run(settings, db_url)
+    _check_run(kind, settings, db_url)
     if no_report:
         from kallos import models
 
@@ -78,9 +82,9 @@ def _run(kind: str, settings: "RunSettings", db_url: str | None, no_report: bool
 _ALL_RUNS = (
     "model_name asset_id end_date splits config timeframe target_col feature_groups horizon seed device precision"
 )
-_EPOCHS = "exact train_stride max_samples_per_epoch growing_epochs"
+_EPOCHS = "exact train_stride max_samples_per_epoch growing_epochs gradient_clip batch_size"
 _TUNE = "n_trials timeout study_name optuna_schema folds val_length train_window embargo max_epochs patience"
-_WORKERS = "early_stopping_on pruner n_jobs deterministic dask_scheduler gpus"
+_WORKERS = "early_stopping_on pruner sampler search_space n_jobs deterministic dask_scheduler gpus"
 _THE_REST = "output_path db_url no_report"
 
 

@@ -49,7 +49,8 @@ def _tell(run: "CrossValidation", sentence: str, pages: list[Path], params_file:
 _MODEL = (
     "model_name asset_id end_date splits params_file timeframe target_col feature_groups horizon seed device precision"
 )
-_FIT = "embargo max_epochs patience exact train_stride max_samples_per_epoch n_jobs dask_scheduler output_path db_url"
+_FIT = """embargo max_epochs patience exact train_stride max_samples_per_epoch gradient_clip batch_size n_jobs
+dask_scheduler output_path db_url"""
 _EXAMPLE = "--asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json"
 _STOPPED = "the folds that are done are kept, and the same command fits the rest."
 

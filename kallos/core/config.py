@@ -26,6 +26,7 @@ from pydantic import (
 
 from .columns import timeframe_delta
 from .errors import ConfigError, DataError
+from .search_spaces import SearchSpace
 from .yaml_files import read_yaml
 
 # %% ../../nbs/core/02_config.ipynb #c796c263
@@ -200,6 +201,8 @@ class RunSettings(_Question):
     train_stride: int = Field(1, ge=1, description="bars from one training window to the next")
     max_samples_per_epoch: int | None = Field(None, ge=1, description="windows drawn anew for each epoch; all if none")
     growing_epochs: bool = Field(False, description="epochs begin with an eighth of the windows and double")
+    gradient_clip: float | None = Field(None, gt=0, allow_inf_nan=False, description="largest norm of a gradient")
+    batch_size: int | None = Field(None, ge=1, description="windows in a batch; one that the search finds if none")
     output_path: Path | None = Field(None, description="folder of the results; reports/{asset_id}/{timeframe} if none")
 
     @property
@@ -245,6 +248,8 @@ class TuneSettings(_StudySettings):
     pruner: _PRUNERS = Field(
         "successive_halving", description="which trials end early; models without epochs know wilcoxon alone"
     )
+    sampler: Literal["tpe", "random", "cmaes", "qmc"] = Field("tpe", description="what suggests hyperparameters")
+    search_space: SearchSpace = Field(None, description="ranges, choices and fixed values in place of the model's own")
     n_jobs: Workers = Field(1, ge=-1, description="worker processes; -1: one a core")
     deterministic: bool = Field(False, description="suggest in rounds, so that any number of workers gives one study")
     dask_scheduler: str | None = Field(None, description="address of a Dask scheduler whose workers run the trials")

@@ -35,7 +35,7 @@ from ..models.combinations import Combination
 from ..models.cross_validation import CrossValidation, FoldSettings, ValidationSettings, keep_table, paths_of
 from ..models.ensemble_training import out_of_sample
 from ..models.ensembles import align_forecasts, combine
-from ..models.parameters import read_params, seen_by
+from ..models.parameters import hyperparameters_of, read_params, seen_by
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #1c95a26b
 _FOLDS = """n_splits n_groups n_test_groups first_train_share refit_every train_window embargo max_epochs patience
@@ -91,7 +91,7 @@ def _base_forecasts(base: ValidationSettings, folder: Path, db: Any) -> tuple[pd
     """The base model's forecasts after the end date, and the key of the model."""
     params, table = read_params(base.params_file), load_all_rows(base, db)
     base = base.model_copy(update={"precision": choose_device(base).precision})
-    hyperparameters, n_epochs = params["hyperparameters"], params.get("n_epochs")
+    hyperparameters, n_epochs = hyperparameters_of(base), params.get("n_epochs")
     path = forecast_held_out(base, hyperparameters, table=table, n_epochs=n_epochs, folder=folder)
     return pd.read_parquet(path), model_key(base, hyperparameters, n_epochs)
 

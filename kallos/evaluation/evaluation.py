@@ -35,7 +35,7 @@ from kallos.models.cross_validation import (
 )
 from ..models.datasets import data_record
 from ..models.importance import run_importance, summarise_importance
-from ..models.parameters import read_params, seen_by
+from ..models.parameters import hyperparameters_of, seen_by
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #1dfe2199
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _write(evaluation: Evaluation, table: pd.DataFrame) -> None:
     if e.held_out:
         keep_table(e.held_out.forecasts, folder / "test_forecasts.parquet")
         kept.append(folder / "test_forecasts.parquet")
-    used, runs = {"hyperparameters": read_params(e.settings.params_file)["hyperparameters"]}, [e.settings]
+    used, runs = {"hyperparameters": hyperparameters_of(e.settings)}, [e.settings]
     if e.settings.ensemble:
         ensemble, combination = read_ensemble(e.settings.ensemble)
         used, runs = {"combination": combination.as_json()}, ensemble.bases

@@ -123,6 +123,7 @@ def model_key(
     """A digest of what makes a model another one."""
     values = {name: as_parameters(settings)[name] for name in _MODEL}
     values |= {"hyperparameters": hyperparameters, "n_epochs": n_epochs}
+    values |= {} if settings.gradient_clip is None else {"gradient_clip": settings.gradient_clip}
     if settings.splits:
         data = TimeSeriesDataContainer.load(settings.splits).manifest["data"]
         values |= {part: data[part]["fingerprint"] for part in ("train", "val")}

@@ -98,8 +98,8 @@ def is_unchanged(
     settings: dict[str, Any],  # of a run, as its manifest has them
 ) -> bool:
     """Whether the file still holds the hyperparameters that the run used, as far as the manifest has them."""
-    used = settings.get("hyperparameters")
-    return used is None or read_params(file)["hyperparameters"] == used
+    used, given = settings.get("hyperparameters"), {name: settings[name] for name in ["batch_size"] if name in settings}
+    return used is None or read_params(file)["hyperparameters"] | given == used
 
 # %% ../../nbs/evaluation/37_windows.ipynb #84f9d52d
 def _record(place: Path, manifest: dict[str, Any]) -> dict[str, Any]:

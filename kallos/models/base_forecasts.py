@@ -28,7 +28,7 @@ from .container import TimeSeriesDataContainer
 from .cross_validation import ValidationSettings, create_splitter, paths_of, run_folds
 from .ensembles import Aligned, EnsembleMethod, align_forecasts
 from .labelled import complete_from_splits, load_rows, tables_digest
-from .parameters import merge_params, read_params
+from .parameters import hyperparameters_of, merge_params, read_params
 from .purged_folds import can_forecast, empty_folds
 from .stacked_folds import known_times
 
@@ -253,12 +253,12 @@ def _run(settings: EnsembleSettings, tables: Tables, splitter: Splitter, progres
 # %% ../../nbs/models/27b_base_forecasts.ipynb #800fd2d5
 def _hyperparameters(base: ValidationSettings) -> dict[str, Any]:
     """The base model's hyperparameters; ConfigError if they cannot be used."""
-    params = read_params(base.params_file)
-    check_hyperparameters(base.model_name, params["hyperparameters"], horizon=base.horizon)
+    params, hyperparameters = read_params(base.params_file), hyperparameters_of(base)
+    check_hyperparameters(base.model_name, hyperparameters, horizon=base.horizon)
     if MODELS[base.model_name].is_network and not params.get("n_epochs"):
         todo = "Tune the model, or write n_epochs into the file: the final training needs it."
         raise ConfigError("the parameters file names no n_epochs", str(base.params_file), todo)
-    return params["hyperparameters"]
+    return hyperparameters
 
 
 def longest_lookback(

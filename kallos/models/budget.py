@@ -9,7 +9,6 @@ __all__ = ['ROUND', 'Space', 'HEARTBEAT_SECONDS', 'GRACE_SECONDS', 'MOST_LOST', 
 # %% ../../nbs/models/24d_budget.ipynb #239573af
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -18,14 +17,14 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, TrialPruned, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..core.config import TuneSettings
 from ..core.errors import TrainingError
 from ..core.logs import log_event
-from ..core.runs import derive_seed
 from .pruning import Judge
+from .samplers import Suggestion, kept_by_sampler, suggest
 from .storages import outlast
 
 # %% ../../nbs/models/24d_budget.ipynb #ae1ec5fa
@@ -85,46 +84,34 @@ def earlier_trials(
     filled = {trial.user_attrs["slot"]: trial for trial in reversed(trials) if is_filled(trial)}
     return [filled[before] for before in range(slot - slot % ROUND)]
 
-# %% ../../nbs/models/24d_budget.ipynb #b5678388
+# %% ../../nbs/models/24d_budget.ipynb #54a9274e
 Space = dict[str, BaseDistribution]
 
 
-def _suggest(known: Sequence[FrozenTrial], slot: int, seed: int, space: Space) -> dict[str, Any]:
-    tried = [trial.params for trial in known]
-    for attempt in range(100):
-        parts = ("sampler", slot, *([attempt] if attempt else []))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(seed=derive_seed(seed, *parts), constant_liar=True)
-        memory = optuna.create_study(sampler=sampler)
-        memory.add_trials(known)
-        params = memory.ask(space).params
-        if params not in tried:
-            break
-    return params
-
-# %% ../../nbs/models/24d_budget.ipynb #54a9274e
-def _draw(trials: Sequence[FrozenTrial], slot: int, settings: TuneSettings, space: Space) -> dict[str, Any]:
+def _draw(trials: Sequence[FrozenTrial], slot: int, settings: TuneSettings, space: Space) -> Suggestion:
     before = [trial for trial in trials if trial.user_attrs.get("slot") == slot and set(trial.params) == set(space)]
     if before:
-        return before[-1].params
+        return before[-1].params, kept_by_sampler(before[-1])
+    how = {"settings": settings, "space": space}
     if not settings.deterministic:
         known = [trial for trial in trials if trial.state in (*_SCORED, TrialState.RUNNING)]
-        return _suggest(known, slot, settings.seed, space)
+        return suggest(known, slot, **how)
     known = earlier_trials(trials, slot)
     for number in range(len(known), slot + 1):
-        params = _suggest(known, number, settings.seed, space)
-        known = [*known, _born(params, space, {"slot": number})]
-    return params
+        suggestion = suggest(known, number, **how)
+        known = [*known, _born(suggestion, space, {"slot": number})]
+    return suggestion
 
 
-def _born(params: dict[str, Any], space: Space, attrs: dict[str, Any]) -> FrozenTrial:
-    return optuna.create_trial(state=TrialState.RUNNING, params=params, distributions=space, user_attrs=attrs)
+def _born(suggestion: Suggestion, space: Space, attrs: dict[str, Any]) -> FrozenTrial:
+    params, kept = suggestion
+    how = {"params": params, "distributions": space, "user_attrs": attrs, "system_attrs": kept}
+    return optuna.create_trial(state=TrialState.RUNNING, **how)
 
 # %% ../../nbs/models/24d_budget.ipynb #c4b8bb3f
-def _claim(study: optuna.Study, slot: int, params: dict[str, Any], space: Space, worker: str) -> Trial | None:
+def _claim(study: optuna.Study, slot: int, drawn: Suggestion, space: Space, worker: str) -> Trial | None:
     token = token_hex(8)
-    study.add_trial(_born(params, space, {"slot": slot, "worker": worker, "claim": token}))
+    study.add_trial(_born(drawn, space, {"slot": slot, "worker": worker, "claim": token}))
     same = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("slot") == slot]
     alive = [trial for trial in same if trial.state == TrialState.RUNNING or is_filled(trial)]
     mine = [trial for trial in alive if trial.user_attrs["claim"] == token]
@@ -289,7 +276,8 @@ def best_trial(
     """The completed trial with the lowest value; TrainingError, with the reasons, if none completed."""
     completed = [t for t in study.trials if t.state == TrialState.COMPLETE and "slot" in t.user_attrs]
     if not completed:
-        reasons = list(dict.fromkeys(t.user_attrs["failure"] for t in study.trials if "failure" in t.user_attrs))
+        said = (t.user_attrs.get("failure") or t.user_attrs.get("diverged") for t in study.trials)
+        reasons = list(dict.fromkeys(filter(None, said)))
         problem = f"no trial of {study.study_name} completed: {'; '.join(reasons[:3]) or 'the timeout came first'}"
         raise TrainingError(problem, next_step="Raise the timeout, or mend what failed.")
     return min(completed, key=lambda trial: (trial.value, trial.user_attrs["slot"]))

@@ -35,7 +35,7 @@ from .architectures import check_hyperparameters, check_model, choose_device
 from .datasets import DartsFold, data_record
 from .fits import FitPlan
 from .labelled import load_rows
-from .parameters import read_params, seen_by
+from .parameters import hyperparameters_of, seen_by
 from .purged_folds import empty_folds, empty_forecasts, fold_from_parts, warn_empty
 from .validation import FoldResult, run_fold
 from .workers import dask_client
@@ -97,7 +97,7 @@ def create_splitter(
 
 # %% ../../nbs/models/24l_cross_validation.ipynb #5a9ceddb
 _RESULT = """model_name target_col horizon feature_groups timeframe asset_id seed exact train_stride
-max_samples_per_epoch growing_epochs max_epochs patience""".split()  # noqa: SIM905
+max_samples_per_epoch growing_epochs gradient_clip max_epochs patience""".split()  # noqa: SIM905
 
 
 def fold_key(
@@ -275,7 +275,7 @@ def open_validation(
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
 ) -> tuple[ValidationSettings, dict[str, Any], pd.DataFrame, Splitter]:
     """The settings, their precision settled, hyperparameters, rows and splitter; ConfigError or DataError if wrong."""
-    hyperparameters = read_params(settings.params_file)["hyperparameters"]
+    hyperparameters = hyperparameters_of(settings)
     check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
     check_model(settings)
     settings = settings.model_copy(update={"precision": choose_device(settings).precision})

@@ -40,7 +40,7 @@ from .cross_validation import CrossValidation, ValidationSettings, paths_of
 from .datasets import data_record
 from .ensembles import Aligned, combine, fit_combination
 from .labelled import load_rows
-from .parameters import merge_params, read_params, seen_by
+from .parameters import hyperparameters_of, merge_params, seen_by
 from .saved_ensembles import ENSEMBLE_FILE, align_said, assemble, load_ensemble_rows, path_deviations
 from .stacked_folds import StackedFolds, stack_folds
 from .trainer import train
@@ -87,7 +87,7 @@ def _train_settings(base: ValidationSettings, folder: Path) -> TrainSettings:
 def _training_key(settings: TrainSettings, table: pd.DataFrame) -> str:
     """A digest of all that the trained model depends on."""
     values = {k: v for k, v in as_parameters(settings).items() if k not in ("output_path", "params_file", "end_date")}
-    values |= {"hyperparameters": read_params(settings.params_file)["hyperparameters"], "rows": fingerprint(table)}
+    values |= {"hyperparameters": hyperparameters_of(settings), "rows": fingerprint(table)}
     values |= {"packages": package_versions(), "precision": choose_device(settings).precision}
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

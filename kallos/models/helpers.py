@@ -57,20 +57,24 @@ class _Record:
         if said != self.said:
             self.said, self.since = said, time.monotonic()
             try:
-                self.result = load(said["result"]) if said["result"] else None
+                self.result = load(said["result"]) if said["result"] and "failed" not in said["result"] else None
             except (KallosError, SQLAlchemyError) as error:
                 log_event("a helper's fold is lost", level="warning", reason=str(error))
                 self.since = float("-inf")
 
     def is_alive(self) -> bool:
         """Whether the fold is in good hands."""
-        return self.result is not None or time.monotonic() - self.since < SILENT_SECONDS
+        failed = "failed" in (self.said["result"] or {})
+        return self.result is not None or (not failed and time.monotonic() - self.since < SILENT_SECONDS)
 
 # %% ../../nbs/models/24j_helpers.ipynb #66a15bca
+_OF_FIT = ("best_epoch", "seconds", "batch_size", "accumulated")
+
+
 def _load(trial: Trial, store: ArtifactStore, number: int, said: dict[str, Any]) -> FoldResult:
     names = (f"fold_{number}_{name}" for name in ("forecasts", "history"))
     forecasts, history = (download_table(trial, name, storage=trial.storage, store=store) for name in names)
-    fit = Fit(None, history, said["best_epoch"], None, said["seconds"])
+    fit = Fit(None, history, said["best_epoch"], None, said["seconds"], said["batch_size"], said["accumulated"])
     return FoldResult(number, said["score"], said["score_last"], forecasts, fit, said["seconds_forecast"])
 
 # %% ../../nbs/models/24j_helpers.ipynb #38c8b362
@@ -152,15 +156,19 @@ def _run(trial: Trial, fold: DartsFold, *, settings, plan, store, is_idle: Calla
         trial.storage.set_trial_system_attr(trial._trial_id, f"{_FOLD}{fold.fold}", said)
 
     def on_epoch(number: int, row: dict[str, float]) -> None:
-        losses.append(row["val_loss"])
+        losses[row["epoch"] - 1 :] = [row["val_loss"]]
         write()
         if not is_idle():
             raise _Enough
 
     write()
-    watched = replace(plan, on_epoch=on_epoch)
-    result = run_fold(fold, trial.params, settings=settings, plan=watched, seed=trial_seed(settings, trial))
+    how = {"settings": settings, "plan": replace(plan, on_epoch=on_epoch), "seed": trial_seed(settings, trial)}
+    try:
+        result = run_fold(fold, trial.params, **how)
+    except TrainingError:
+        write({"failed": True})
+        raise
     tables = {"forecasts": result.forecasts, "history": result.fit.history}
     upload_tables(trial, {f"fold_{fold.fold}_{name}": table for name, table in tables.items()}, store=store)
-    scores = {"score": result.score, "score_last": result.score_last, "best_epoch": result.fit.best_epoch}
-    write(scores | {"seconds": result.fit.seconds, "seconds_forecast": result.seconds_forecast})
+    scores = {name: getattr(result, name) for name in ("score", "score_last", "seconds_forecast")}
+    write(scores | {name: getattr(result.fit, name) for name in _OF_FIT})

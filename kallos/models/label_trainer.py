@@ -30,7 +30,7 @@ from .container import TimeSeriesDataContainer
 from .datasets import DartsFold, data_record
 from .fits import FitPlan
 from .labelled import load_labelled
-from .parameters import read_params, seen_by
+from .parameters import hyperparameters_of, seen_by
 from .purged_folds import fold_from_parts
 from .trainer import read_model
 from .validation import FoldResult, forecast_fold, run_fold
@@ -52,7 +52,7 @@ class LabelTrainSettings(RunSettings):
     def hyperparameters(self) -> dict[str, Any]:
         """Those of the file; without one the shortest input, and the libraries' defaults."""
         shortest = {"input_chunk_length": MODELS[self.model_name].space["input_chunk_length"].low}
-        return read_params(self.params_file)["hyperparameters"] if self.params_file else shortest
+        return hyperparameters_of(self) if self.params_file else shortest
 
     @property
     def runs(self) -> Path:

@@ -14,7 +14,7 @@ from optuna.distributions import distribution_to_json
 from ..core.config import TuneSettings, as_parameters
 from ..core.runs import fingerprint
 from ..data.splits import FoldBounds, WalkForwardSplit
-from .architectures import MODELS, choose_device, longest_input
+from .architectures import choose_device, longest_input, space_of
 from .datasets import calculate_dynamic_wf_kwargs
 from .pruning import pruner_name
 
@@ -26,14 +26,14 @@ def study_layout(
     """The study's folds as positions in the table; DataError saying how many rows are needed if there are too few."""
     s = settings
     layout = calculate_dynamic_wf_kwargs(
-        len(table), input_chunk_length=longest_input(s.model_name), horizon=s.horizon,
+        len(table), input_chunk_length=longest_input(s), horizon=s.horizon,
         folds=s.folds, val_length=s.val_length, embargo=s.embargo, train_window=s.train_window,
     )  # fmt: skip
     return WalkForwardSplit(**layout).bounds(len(table))
 
 # %% ../../nbs/models/24g_layouts.ipynb #8948fe2e
 _SHARED = """model_name asset_id timeframe target_col horizon feature_groups max_epochs patience seed exact train_stride
-max_samples_per_epoch growing_epochs early_stopping_on deterministic""".split()  # noqa: SIM905
+max_samples_per_epoch growing_epochs gradient_clip early_stopping_on sampler deterministic""".split()  # noqa: SIM905
 
 
 def study_identity(
@@ -42,7 +42,7 @@ def study_identity(
 ) -> dict[str, Any]:
     """Everything that two trials must share to be compared, as JSON values."""
     values = as_parameters(settings)
-    space = {name: distribution_to_json(d) for name, d in MODELS[settings.model_name].space.items()}
+    space = {name: distribution_to_json(d) for name, d in space_of(settings).items()}
     bounds = [[b.train_start, b.train_stop, b.val_start, b.val_stop] for b in study_layout(table, settings)]
     identity = {name: values.get(name) for name in _SHARED}
     identity |= {"pruner": pruner_name(settings), "precision": choose_device(settings).precision}

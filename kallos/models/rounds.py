@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.config import RunSettings
 from ..core.devices import limit_threads
+from ..core.errors import TrainingError
 from .datasets import DartsFold
 from .fits import FitPlan
 from .turns import pause, take_turns
@@ -44,7 +45,7 @@ class _Courses:
     """The best score so far of each fold, by epoch; folds go by their place in the trial."""
 
     def __init__(self, numbers: list[int], on_round: Callable[[int, dict[int, float]], Any]):
-        self._numbers, self._on_round, self._told, self.ended = numbers, on_round, 0, set()
+        self._numbers, self._on_round, self.told, self.ended = numbers, on_round, 0, set()
         self._scores = [[] for _ in numbers]
 
     def note(self, place: int, losses: list[float]) -> None:
@@ -56,18 +57,22 @@ class _Courses:
     def tell(self, *_: Any) -> None:
         """Calls `on_round` for each epoch that is through; returns nothing."""
         going = [scores for place, scores in enumerate(self._scores) if place not in self.ended]
-        for epoch in range(self._told, min(map(len, going)) if going else max(map(len, self._scores))):
-            self._told += 1
+        for epoch in range(self.told, min(map(len, going)) if going else max(map(len, self._scores))):
+            self.told += 1
             so_far = [scores[min(epoch, len(scores) - 1)] for scores in self._scores]
             self._on_round(epoch + 1, dict(zip(self._numbers, so_far, strict=True)))
 
 # %% ../../nbs/models/24i_rounds.ipynb #d7b19a89
 class _Choice:
-    """Chooses the folds that go on; `given` gets the results of others."""
+    """Chooses the folds that go on. By place: epochs run `here`, results `given` by others, epochs of the `failed`."""
 
     def __init__(self, numbers: list[int], courses: _Courses, others: Others):
         self._numbers, self._courses, self._others = numbers, courses, others
-        self.here, self.given = [0] * len(numbers), {}  # epochs that this worker ran; results by place
+        self.here, self.given, self.failed = [0] * len(numbers), {}, {}
+
+    def is_held(self, place: int) -> bool:
+        """Whether the fold failed in an epoch that other folds have yet to reach."""
+        return self.failed.get(place, 0) > self._courses.told
 
     def select(self, waiting: list[int]) -> list[int]:
         """Of the folds that wait, those that go on now."""
@@ -75,7 +80,7 @@ class _Choice:
         helped = {self._numbers.index(n): found for n, found in self._others.look(ended).items()}
         for place, found in helped.items():
             _learn(place, found, self._courses, self.given)
-        left = [place for place in waiting if place not in self.given]
+        left = [place for place in waiting if place not in self.given and not self.is_held(place)]
         chosen = [place for place in left if place not in helped] or [
             place for place in left if self.here[place] >= len(helped[place].losses)
         ]
@@ -117,13 +122,19 @@ def _run(place: int, fold: DartsFold, *, choice: _Choice, courses: _Courses, pla
     losses = []
 
     def on_epoch(number: int, row: dict[str, float]) -> None:
-        losses.append(row["val_loss"])
+        losses[row["epoch"] - 1 :] = [row["val_loss"]]
         choice.here[place] = len(losses)
         courses.note(place, losses)
         if plan.on_epoch:
             plan.on_epoch(number, row)
         pause()
 
-    result = run_fold(fold, plan=replace(plan, on_epoch=on_epoch), **how)
+    try:
+        result = run_fold(fold, plan=replace(plan, on_epoch=on_epoch), **how)
+    except TrainingError:
+        choice.failed[place] = len(losses)
+        while choice.is_held(place):
+            pause()
+        raise
     courses.ended.add(place)
     return result

@@ -20,11 +20,11 @@ from ..core.devices import Device, trainer_kwargs
 from ..core.errors import ArtifactError, ConfigError, TrainingError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import seed_everything, verify_manifest, write_manifest
-from .architectures import MODELS, check_hyperparameters, check_model_name, choose_device
+from .architectures import MODELS, check_clip, check_hyperparameters, check_model_name, choose_device
 from .datasets import DartsFold, data_record, prepare_darts_timeseries, warn_without_test
 from .label_forecasts import class_frequencies, forecast_ends
 from .labelled import load_rows
-from .parameters import merge_params, read_params, seen_by
+from .parameters import hyperparameters_of, merge_params, seen_by
 from .preprocessing import FeatureTransformer, inverse_target
 from .validation import Fit, FitPlan, fit_fold
 
@@ -143,8 +143,13 @@ def _write_manifest(
         data=data_record(table) | {"seen": seen_by(settings)},
         artifacts=files,
         timings={"fit_seconds": fit.seconds},
-        results=None if often is None else {"class_frequencies": often},
+        results=_results(fit, often),
     )
+
+# %% ../../nbs/models/26_trainer.ipynb #78079d48
+def _results(fit: Fit, often: np.ndarray | None) -> dict[str, Any] | None:
+    found = {} if often is None else {"class_frequencies": often}
+    return found | ({"batch_size": fit.batch_size, "accumulated": fit.accumulated} if fit.batch_size else {}) or None
 
 # %% ../../nbs/models/26_trainer.ipynb #7b112c3e
 def train(
@@ -153,7 +158,8 @@ def train(
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
 ) -> TrainedModel:
     """The trained model on disk, read back and compared; TrainingError if the pair forecasts otherwise."""
-    hyperparameters = read_params(settings.params_file)["hyperparameters"]
+    hyperparameters = hyperparameters_of(settings)
+    check_clip(settings)
     check_hyperparameters(settings.model_name, hyperparameters, horizon=settings.horizon)
     if MODELS[settings.model_name].is_network and settings.n_epochs is None:
         file = str(settings.params_file)

@@ -23,26 +23,26 @@ from optuna.trial import BaseTrial, FrozenTrial
 
 # %% ../../nbs/models/25_tuner.ipynb #c0d4cac6
 from ..core.config import FeatureGroups, TuneSettings, as_parameters
-from ..core.errors import TrainingError
+from ..core.errors import Diverged, TrainingError
 from ..core.logs import log_event, start_log, stop_log
-from ..core.metrics import score_forecasts
 from ..core.runs import seed_everything, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
 from ..data.database import to_url
 from . import studies
-from .architectures import MODELS, check_model, choose_device, suggest_hyperparameters
+from .architectures import MODELS, check_model, choose_device, space_of, suggest_hyperparameters
 from .budget import Pulse, Stopped, best_trial, finished_trials, is_open, run_budget
 from .crews import n_workers, run_elsewhere
 from .datasets import DartsFold, data_record, warn_without_test
 from .fits import FitPlan
 from .helpers import Helpers, lend_a_hand, trial_seed
-from .label_forecasts import fold_score, naive_forecasts
 from .labelled import load_rows, tables_digest
 from .layouts import study_identity, study_layout
 from .progress import Progress
 from .pruning import Judge, create_pruner
 from .rounds import Others, validate_in_turns
+from .samplers import check_sampler
 from .storages import local_study, outlast, study_storage
+from .trial_records import keep_results, result_tables
 from .validation import FoldResult, prepare_fold, validate
 
 # %% ../../nbs/models/25_tuner.ipynb #2a724833
@@ -56,18 +56,19 @@ def objective(
     judge: Judge | None = None,  # says whether the trial should end; one by the trial's own study if None
     others: Others | None = None,  # who may help with folds that advance side by side
 ) -> float:
-    """The mean over folds of their scores; TrainingError, kept with the trial, if a fit fails."""
-    hyperparameters = suggest_hyperparameters(trial, settings.model_name)
+    """The mean over folds of their scores; TrialPruned if a loss diverges, TrainingError if a fit fails."""
+    hyperparameters = suggest_hyperparameters(trial, settings)
     how = {"settings": settings, "plan": plan or fit_plan(settings), "seed": trial_seed(settings, trial)}
     run = partial(_by_epochs, others) if _are_in_turns(settings) else _by_folds
     try:
         results = run(judge or Judge(trial), folds, hyperparameters, how)
     except TrainingError as error:
-        trial.set_user_attr("failure", str(error))
-        raise
-    _keep(trial, results, folds)
+        kind, end = ("diverged", TrialPruned()) if isinstance(error, Diverged) else ("failure", error)
+        trial.set_user_attr(kind, str(error))
+        raise end from None
+    keep_results(trial, results, folds)
     if artifact_store is not None:
-        studies.upload_tables(trial, _tables(results), store=artifact_store)
+        studies.upload_tables(trial, result_tables(results), store=artifact_store)
     return float(np.mean([result.score for result in results]))
 
 # %% ../../nbs/models/25_tuner.ipynb #a9906ae7
@@ -122,32 +123,6 @@ def replay(
     except TrialPruned:
         return judge.last
 
-# %% ../../nbs/models/25_tuner.ipynb #fdabecc8
-def _keep(trial: BaseTrial, results: list[FoldResult], folds: list[DartsFold]) -> None:
-    forecasts = pd.concat([result.forecasts for result in results], ignore_index=True)
-    by_fold = score_forecasts(forecasts, by=["fold"])
-    naive = np.array([fold_score(f, naive_forecasts(r.forecasts)) for f, r in zip(folds, results, strict=True)])
-    scores, last = (np.array([getattr(result, name) for result in results]) for name in ("score", "score_last"))
-    epochs = [result.fit.best_epoch for result in results]
-    kept = {
-        "skill": 1 - float((scores**2).mean() / (naive**2).mean()),
-        "score_naive": float(naive.mean()),
-        "score_last_epoch": float(last.mean()),
-        **{name: float(by_fold[name].mean()) for name in ("rmse", "rmse_naive", "rmse_price", "rmse_price_naive")},
-        "n_epochs": None if None in epochs else int(np.median(epochs)),
-        **{f"fold_{name}": by_fold[name].tolist() for name in ("rmse_price", "rmse_price_naive", "skill")},
-        "fold_scores": scores.tolist(),
-        "fold_epochs": epochs,
-        "fold_seconds": [round(result.fit.seconds + result.seconds_forecast, 3) for result in results],
-    }
-    for name, value in kept.items():
-        trial.set_user_attr(name, value)
-
-# %% ../../nbs/models/25_tuner.ipynb #ead3602c
-def _tables(results: list[FoldResult]) -> dict[str, pd.DataFrame]:
-    curves = [result.fit.history.assign(fold=result.fold) for result in results]
-    return {"forecasts": pd.concat([result.forecasts for result in results]), "history": pd.concat(curves)}
-
 # %% ../../nbs/models/25_tuner.ipynb #de9f69ab
 def best_params_path(
     settings: TuneSettings,  # of the study
@@ -163,7 +138,7 @@ def best_params(
     """What the final training needs to know of the best trial; TrainingError if no trial completed."""
     best = best_trial(study)
     shared = ("model_name", "asset_id", "timeframe", "end_date", "target_col", "horizon", "feature_groups", "seed")
-    bounds = ("train_stride", "max_samples_per_epoch", "growing_epochs")
+    bounds = ("train_stride", "max_samples_per_epoch", "growing_epochs", "gradient_clip")
     names = ("skill", "score_naive", "score_last_epoch", "rmse", "rmse_naive", "rmse_price", "rmse_price_naive")
     values = as_parameters(settings)
     return {
@@ -201,7 +176,7 @@ def work(
     how |= {"help_with": partial(lend_a_hand, study, **same)} if _are_in_turns(s) else {}
     run = partial(_run_trial, after=partial(_go_on, is_stopping, on_epoch), **same)
     with suppress(Stopped):
-        run_budget(study, run, space=MODELS[s.model_name].space, **how)
+        run_budget(study, run, space=space_of(s), **how)
 
 # %% ../../nbs/models/25_tuner.ipynb #19a7c5ac
 def _run_trial(trial: optuna.Trial, judge: Judge, pulse: Pulse, *, folds, plan, settings, store, after: Callable):
@@ -236,6 +211,7 @@ def tune(
 ) -> optuna.Study:
     """The study with its budget spent; the best parameters are written to the settings' folder."""
     check_model(settings)
+    check_sampler(settings)
     table = load_rows(settings, db)
     warn_without_test(table, settings)
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -21,18 +21,18 @@ from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput, To
 # %% ../../nbs/models/24_validation.ipynb #43a020bd
 from ..core.columns import timeframe_delta
 from ..core.config import RunSettings
-from ..core.devices import limit_threads
-from ..core.errors import ConfigError, TrainingError
+from ..core.devices import limit_threads, memory_guard
+from ..core.errors import ConfigError, OutOfMemory, TrainingError
 from ..core.runs import derive_seed
 from ..core.schemas import FORECASTS, check_table
 from ..data.splits import FoldBounds
 from .architectures import MODELS, longest_input
 from .datasets import Blocks, DartsFold, fold_from_blocks
-from .fits import Fit, FitPlan, Weights, fit_fold, trim
+from .fits import LEAST_BATCH, Fit, FitPlan, Weights, fit_fold, trim
 from .label_forecasts import direct_forecasts, fold_score, label_table
 from .preprocessing import inverse_target
 from .turns import own_clock
-from .windows import window_batches
+from .windows import WindowBatches, window_batches
 
 if TYPE_CHECKING:
     from darts.models.forecasting.forecasting_model import ForecastingModel
@@ -47,7 +47,7 @@ def prepare_fold(
 ) -> DartsFold:
     """The fold as scaled series; DataError if a side has no stretch long enough."""
     inner = _inner_bounds(bounds, settings) if early_stopping_on == "inner" else None
-    lookback = longest_input(settings.model_name)
+    lookback = longest_input(settings)
     tested, stop = (_led(side, lookback + settings.horizon - 1) if side else None for side in (bounds, inner))
     how = {name: getattr(settings, name) for name in ("feature_groups", "target_col", "timeframe", "horizon")}
     rows, train = table.iloc[: bounds.val_stop], [(bounds.train_start, (inner or bounds).train_stop)]
@@ -63,7 +63,7 @@ INNER_SHARE = 0.1
 
 def _inner_bounds(bounds: FoldBounds, settings: RunSettings) -> FoldBounds:
     rows, hole = bounds.train_stop - bounds.train_start, bounds.val_start - bounds.train_stop
-    tail = max(round(INNER_SHARE * rows), longest_input(settings.model_name) + settings.horizon)
+    tail = max(round(INNER_SHARE * rows), longest_input(settings) + settings.horizon)
     start = bounds.train_stop - tail
     return replace(
         bounds, train_stop=max(bounds.train_start, start - hole), val_start=start, val_stop=bounds.train_stop
@@ -101,7 +101,7 @@ def _network_paths(model: "ForecastingModel", pairs: list, length: int, horizon:
         windows = window_batches([(target, features)], input_chunk_length=length, horizon=horizon)
         numbers = np.arange(len(windows))[::-1]  # windows are numbered from the last
         for part in np.array_split(numbers, len(numbers) // MOST_WINDOWS + 1):
-            found.append(_forward(network, windows.__getitems__(part), horizon))
+            found.append(_forward_in_memory(network, windows, part, horizon))
         times.append(target.time_index[length + horizon - 1 :])
     return times[0].append(times[1:]), np.concatenate(found)
 
@@ -111,6 +111,18 @@ def _forward(network: torch.nn.Module, batch: TorchTrainingBatch, horizon: int) 
     inputs = (side.to(network.device) for side in (batch.past_target, batch.past_covariates))
     said = network(PLModuleInput(*inputs, stage=ModuleStage.PREDICT)).prediction
     return said[:, -horizon:, 0, 0].double().cpu().numpy()
+
+# %% ../../nbs/models/24_validation.ipynb #f37985fc
+def _forward_in_memory(
+    network: torch.nn.Module, windows: WindowBatches, numbers: np.ndarray, horizon: int
+) -> np.ndarray:
+    try:
+        with memory_guard():
+            return _forward(network, windows.__getitems__(numbers), horizon)
+    except OutOfMemory:
+        if len(numbers) <= LEAST_BATCH:
+            raise
+    return np.concatenate([_forward_in_memory(network, windows, part, horizon) for part in np.array_split(numbers, 2)])
 
 # %% ../../nbs/models/24_validation.ipynb #3bac6a43
 MOST_WINDOWS = 4096
@@ -182,7 +194,7 @@ def _run(fold: DartsFold, hyperparameters: dict, settings: RunSettings, plan: Fi
     fit = fit_fold(fold, hyperparameters, settings=settings, plan=plan, seed=seed)
     begun, length = own_clock(), hyperparameters["input_chunk_length"]
     forecast = partial(forecast_fold, fit.model, fold, settings=settings, input_chunk_length=length)
-    with limit_threads(plan.device.n_threads if plan.device else 1):
+    with limit_threads(plan.device.n_threads if plan.device else 1), memory_guard():
         forecasts = forecast()
         with _weights_of(fit.model, fit.last_weights):
             last = forecasts if fit.best_epoch == len(fit.history) or fit.last_weights is None else forecast()

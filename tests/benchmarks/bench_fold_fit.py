@@ -94,7 +94,7 @@ def main() -> None:
     source, bars = load_bars()
     settings = TuneSettings.from_values({"asset_id": "BTC", "end_date": "2026-01-01"})
     table = add_target(compute_features(bars, timeframe="1d").set_index("ts"), settings.target_col, timeframe="1d")
-    layout = calculate_dynamic_wf_kwargs(len(table), input_chunk_length=longest_input("gru"))
+    layout = calculate_dynamic_wf_kwargs(len(table), input_chunk_length=longest_input(settings))
     fold = prepare_fold(table, WalkForwardSplit(**layout).bounds(len(table))[-1], settings=settings)
     print(f"last of 5 folds of {source}: {len(fold.train[0][0])} training rows, {options.epochs} epochs,", end=" ")
     print(f"one thread, {options.repeats} pairs")

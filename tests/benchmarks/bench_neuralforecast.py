@@ -40,7 +40,7 @@ def last_fold(settings: TuneSettings) -> tuple[str, DartsFold]:
     source, bars = load_bars()
     table = compute_features(bars, timeframe="1d").set_index("ts").loc[: settings.end_date]
     table = add_target(table, settings.target_col, timeframe="1d")
-    layout = calculate_dynamic_wf_kwargs(len(table), input_chunk_length=longest_input("gru"))
+    layout = calculate_dynamic_wf_kwargs(len(table), input_chunk_length=longest_input(settings))
     return source, prepare_fold(table, WalkForwardSplit(**layout).bounds(len(table))[-1], settings=settings)
 
 

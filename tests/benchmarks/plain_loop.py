@@ -23,12 +23,14 @@ from darts.models import BlockRNNModel
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
+from kallos.core.config import TuneSettings
 from kallos.core.devices import quiet_lightning
 from kallos.models.architectures import suggest_hyperparameters
 from kallos.models.datasets import DartsFold
 from kallos.models.fits import trim
 
 PATIENCE = 5
+GRU = TuneSettings.from_values({"asset_id": "BTC", "end_date": "2024-01-01"})  # with the space that kallos searches
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def rmse_over(truth: list[TimeSeries], forecasts: list[TimeSeries]) -> float:
 
 def objective(trial: optuna.Trial, folds: list[DartsFold], n_epochs: int, seed: int) -> float:
     """The mean over folds; the trial keeps what made it."""
-    params, begun = suggest_hyperparameters(trial, "gru"), time.perf_counter()
+    params, begun = suggest_hyperparameters(trial, GRU), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="kallos-plain-") as folder:
         how = {"n_epochs": n_epochs, "seed": seed, "folder": folder}
         scores, epochs = zip(*[plain_fold(fold, params, **how) for fold in folds], strict=True)
