@@ -47,6 +47,17 @@ __getattr__, __dir__, __all__ = lazy(
             "train_settings",
             "tune_settings",
         ),
+        "settings_text": (
+            "all_settings",
+            "as_yaml",
+            "setting_rows",
+            "settings_table",
+            "settings_text",
+        ),
+        "setting_words": (
+            "overrides_of",
+            "setting_options",
+        ),
         "reports": (
             "Report",
             "ReportEngine",
