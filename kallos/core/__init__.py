@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy(
         "yaml_files": (
             "Keys",
             "YamlFile",
+            "parse_yaml",
             "read_yaml",
             "read_yaml_file",
         ),

@@ -194,10 +194,6 @@ class RunSettings(_Question):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks train")
     precision: Literal["auto", "32", "mixed", "bf16", "16"] = Field("auto", description="of a network's arithmetic")
     exact: bool = Field(False, description="train recurrent networks with PyTorch's own layers")
-    gradient_clip: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="largest norm of a gradient; no limit if none"
-    )
-    batch_size: int | None = Field(None, ge=1, description="windows of a step; from the search space if none")
     train_stride: int = Field(1, ge=1, description="bars from one training window to the next")
     max_samples_per_epoch: int | None = Field(None, ge=1, description="windows drawn anew for each epoch; all if none")
     growing_epochs: bool = Field(False, description="epochs begin with an eighth of the windows and double")
@@ -240,11 +236,6 @@ class TuneSettings(_StudySettings):
     """The settings of a walk-forward study."""
 
     early_stopping_on: Literal["fold", "inner"] = Field("fold", description="whose loss stops a fit")
-    sampler: Literal["tpe", "random", "cmaes", "qmc"] = Field("tpe", description="what suggests hyperparameters")
-    search_space: dict[str, Any] | None = Field(
-        None,
-        description="hyperparameter: {low, high, log, step}, a list of choices or a value; the model's own if none",
-    )
     pruner: _PRUNERS = Field(
         "successive_halving", description="which trials end early; models without epochs know wilcoxon alone"
     )

@@ -150,5 +150,16 @@ __getattr__, __dir__, __all__ = lazy(
             "run_pipeline",
             "settings_of_run",
         ),
+        "settings_text": (
+            "all_settings",
+            "as_yaml",
+            "setting_rows",
+            "settings_table",
+            "settings_text",
+        ),
+        "setting_words": (
+            "overrides_of",
+            "setting_options",
+        ),
     },
 )

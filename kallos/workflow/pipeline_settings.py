@@ -47,7 +47,7 @@ class PipelineSettings(PipelineFields):
         refuse(_faults(values), place)
         return cls.model_validate(values)
 
-# %% ../../nbs/workflow/47b_pipeline_settings.ipynb #561949cf
+# %% ../../nbs/workflow/47b_pipeline_settings.ipynb #29089cf2
 def _faults(values: dict[str, Any]) -> list[Fault]:
     try:
         return impossible(PipelineFields.model_validate(values))
@@ -60,7 +60,7 @@ def _faults(values: dict[str, Any]) -> list[Fault]:
     broken = [fault.keys for fault in wrong]
     return wrong + [fault for fault in impossible(rest) if not _depends(fault, broken)]
 
-
+# %% ../../nbs/workflow/47b_pipeline_settings.ipynb #1aa8227f
 def _without(values: dict[str, Any], broken: list[Keys], above: Keys = ()) -> dict[str, Any]:
     """The values, those at the broken keys and the lists that hold one left out."""
     kept = {}

@@ -91,7 +91,7 @@ def _search_space(s: PipelineFields) -> Iterator[Fault]:
             problem = "must be a number, a list of numbers, or {low, high, log, step} with low below high"
             yield Fault((*above, name), problem, given, _OF_MODEL)
 
-# %% ../../nbs/workflow/47_setting_checks.ipynb #ba44be95
+# %% ../../nbs/workflow/47_setting_checks.ipynb #00e769c8
 _OF_MODEL: tuple[Keys, ...] = (("model", "name"), ("model", "search_space"))
 
 
@@ -108,7 +108,7 @@ def _is_range(given: Any) -> bool:
     known = not {*given} - {"low", "high", "log", "step"} and isinstance(given.get("log", False), bool)
     return known and all(map(_is_number, (low, high, step))) and low < high and step > 0
 
-# %% ../../nbs/workflow/47_setting_checks.ipynb #2fbeec54
+# %% ../../nbs/workflow/47_setting_checks.ipynb #d6a8ca6c
 def _arithmetic(s: PipelineFields) -> Iterator[Fault]:
     t, also = s.training, (("training", "device"), ("training", "exact"))
     if t.precision == "mixed" and t.exact:
@@ -134,7 +134,7 @@ def _fit(s: PipelineFields) -> Iterator[Fault]:
         problem = "has no meaning on labelled tables, where a network stops by itself: leave it out"
         yield Fault(("training", "n_epochs"), problem, t.n_epochs, (("labels", "target_col"),))
 
-# %% ../../nbs/workflow/47_setting_checks.ipynb #21c9f7dc
+# %% ../../nbs/workflow/47_setting_checks.ipynb #3297cab6
 def _signal(s: PipelineFields) -> Iterator[Fault]:
     signal, target = s.backtest.signal, s.labels.target_col
     also = (("labels", "target_col"),)
@@ -159,7 +159,7 @@ def _account(s: PipelineFields) -> Iterator[Fault]:
     if b.market is not None:
         yield from _terms(settings, market)
 
-# %% ../../nbs/workflow/47_setting_checks.ipynb #509b6da6
+# %% ../../nbs/workflow/47_setting_checks.ipynb #e1b2ebd7
 def _terms(settings: BacktestSettings, market: Keys) -> Iterator[Fault]:
     lender = ("backtest", "borrow_rate")
     try:
@@ -172,7 +172,7 @@ def _terms(settings: BacktestSettings, market: Keys) -> Iterator[Fault]:
         problem = "must be long on spot without backtest.borrow_rate, since nobody lends"
         yield Fault(("backtest", "side"), problem, settings.side, (market, lender))
 
-# %% ../../nbs/workflow/47_setting_checks.ipynb #b92f9e2e
+# %% ../../nbs/workflow/47_setting_checks.ipynb #fa297b33
 _CHECKS = (_data, _groups, _model, _features, _skip, _search_space, _arithmetic, _fit, _signal, _account)
 
 
@@ -195,7 +195,7 @@ def _own(s: PipelineFields) -> Iterator[Fault]:
 
 _SHARED = (("workers", "at_once"), ("data", "own_features"))
 
-# %% ../../nbs/workflow/47_setting_checks.ipynb #055581a7
+# %% ../../nbs/workflow/47_setting_checks.ipynb #2301e96c
 def _lengths(s: PipelineFields) -> Iterator[Fault]:
     for timeframe in [None, *s.per_timeframe]:
         data = (of_timeframe(s, timeframe) if timeframe else s).data
@@ -208,7 +208,7 @@ def _lengths(s: PipelineFields) -> Iterator[Fault]:
             problem = f"must divide {', '.join(wrong)}, whose bars are made of those of the files"
             yield Fault((*above, "data", "files_timeframe"), problem, own, (("timeframes",),))
 
-# %% ../../nbs/workflow/47_setting_checks.ipynb #425a5988
+# %% ../../nbs/workflow/47_setting_checks.ipynb #eb86e184
 def _of_one(s: PipelineFields, timeframe: str) -> Iterator[Fault]:
     """The faults of a timeframe's settings, each at the place that says what differs."""
     own = s.per_timeframe.get(timeframe)

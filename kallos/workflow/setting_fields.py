@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['plain_type', 'allowed', 'take', 'pick', 'Section', 'section', 'Fault', 'closest', 'unknown', 'faults_in']
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #94d5ec49
+# %% ../../nbs/workflow/46_setting_fields.ipynb #abd2ec78
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,7 +39,7 @@ def plain_type(
     """The type of its value: int, list, ..., a section's model, or a Literal."""
     return _peel(field.annotation, tuple(field.metadata))[0]
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #f6256c63
+# %% ../../nbs/workflow/46_setting_fields.ipynb #1ead90d8
 _KNOWN = (
     (Timeframe, f"one of {', '.join(TIMEFRAMES)}"),
     (Name, "a name of letters, digits, '-', '_' and '.'"),
@@ -51,17 +52,17 @@ _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 def _bounds(limits: tuple) -> str:
     words = {
-        Ge: ("ge", "{:g} or more"),
-        Gt: ("gt", "more than {:g}"),
-        Le: ("le", "at most {:g}"),
-        Lt: ("lt", "below {:g}"),
+        Ge: ("ge", "{:,} or more"),
+        Gt: ("gt", "more than {:,}"),
+        Le: ("le", "at most {:,}"),
+        Lt: ("lt", "below {:,}"),
     }
     said = [
         text.format(getattr(one, name)) for kind, (name, text) in words.items() for one in limits if type(one) is kind
     ]
-    return " and ".join(said)
+    return re.sub("^(.*) or more and at most", r"from \1 to", " and ".join(said))
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #d7442d51
+# %% ../../nbs/workflow/46_setting_fields.ipynb #765000f9
 def _words(kind: Any, limits: tuple = ()) -> str:
     kind, limits = _peel(kind, limits)
     for known, text in _KNOWN:
@@ -84,7 +85,7 @@ def allowed(
     """What the setting may be, in words."""
     return _words(field.annotation, tuple(field.metadata))
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #bff0375d
+# %% ../../nbs/workflow/46_setting_fields.ipynb #957ea485
 def take(
     cls: type[BaseModel],  # the settings that use it
     name: str,  # of the setting there
@@ -108,7 +109,7 @@ def pick(
         name: take(cls, old or name, **({"default": defaults[name]} if name in defaults else {})) for name, old in pairs
     }
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #1e1436fc
+# %% ../../nbs/workflow/46_setting_fields.ipynb #d8884ba7
 class Section(Settings):
     """Base of the sections of a file of settings."""
 
@@ -134,7 +135,7 @@ def section(
     """A section of the file: frozen, and unknown keys are errors."""
     return create_model(name, __base__=Section, __doc__=doc, __module__=module, **fields)
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #53fb3f3a
+# %% ../../nbs/workflow/46_setting_fields.ipynb #ec87b41d
 _NOTHING = object()
 
 
@@ -152,7 +153,7 @@ class Fault:
         name = ".".join(map(str, self.keys))
         return f"{name}: {self.problem}{got}" if name else f"{self.problem}{got}"
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #134e85a1
+# %% ../../nbs/workflow/46_setting_fields.ipynb #02b754f5
 def closest(
     word: str,  # as it was written
     known: list[str],  # what could have been meant
@@ -169,7 +170,7 @@ def unknown(
     """The fault of a setting that does not exist."""
     return Fault(keys, f"no such setting{closest(keys[-1], known) or ';'} Known are {', '.join(known)}")
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #160f23ba
+# %% ../../nbs/workflow/46_setting_fields.ipynb #54fc4ab5
 def _model_at(cls: type[BaseModel], keys: Keys) -> tuple[type[BaseModel], FieldInfo | None]:
     """The model that holds the last key that is a setting, and that setting's definition."""
     field = None
@@ -187,7 +188,7 @@ def _of_values(kind: Any) -> Any:
     """The type of a table's values; of anything else the type itself."""
     return _peel(get_args(kind)[1])[0] if get_origin(kind) is dict and len(get_args(kind)) > 1 else kind
 
-# %% ../../nbs/workflow/46_setting_fields.ipynb #28c5a208
+# %% ../../nbs/workflow/46_setting_fields.ipynb #8918d9db
 def _fault(cls: type[BaseModel], found: dict[str, Any]) -> Fault:
     keys, received = tuple(found["loc"]), found["input"]
     home, field = _model_at(cls, keys)

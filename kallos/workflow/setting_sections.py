@@ -60,7 +60,7 @@ SplitSection = section(
     **pick(TuneSettings, "folds train_window embargo"),
 )
 
-# %% ../../nbs/workflow/46b_setting_sections.ipynb #822aa1c5
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #dfb2b045
 _TARGET = (
     "log_return, log_close or close of the bars; return or label of labelled tables, which the settings below make"
 )
@@ -72,6 +72,8 @@ LabelSection = section(
     **pick(RunSettings, "horizon"),
     **pick(DataSettings, "kind=labels profit_taking stop_loss volatility_window weighting oldest_weight"),
 )
+
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #4d7d70e0
 HpoSection = section(
     "HpoSection",
     "The search for hyperparameters.",
@@ -85,7 +87,7 @@ HpoSection = section(
     params_file=(Path | None, Field(None, description="what an earlier search wrote; with skip alone")),
 )  # fmt: skip
 
-# %% ../../nbs/workflow/46b_setting_sections.ipynb #9a8e1363
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #daa70520
 _NAMES = Literal[*MODELS]
 ModelSection = section(
     "ModelSection",
@@ -103,7 +105,7 @@ TrainingSection = section(
     **pick(RunSettings, "train_stride max_samples_per_epoch growing_epochs"),
 )
 
-# %% ../../nbs/workflow/46b_setting_sections.ipynb #7e178963
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #1806c276
 _JUDGED = "n_splits n_groups n_test_groups first_train_share refit_every fee level importance_repeats"
 EvaluationSection = section(
     "EvaluationSection",
@@ -112,6 +114,8 @@ EvaluationSection = section(
     schemes=take(EvaluateSettings, "schemes", description=f"cross-validations that are run: {', '.join(SCHEMES)}"),
     **pick(EvaluateSettings, _JUDGED),
 )
+
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #d5c62da2
 _OF_THE_RUN = {"forecasts", "in_sample", "seen_until", "n_jobs", "seed", "output_path"}
 BacktestSection = section(
     "BacktestSection",
@@ -120,7 +124,7 @@ BacktestSection = section(
     **pick(BacktestSettings, " ".join(name for name in BacktestSettings.model_fields if name not in _OF_THE_RUN)),
 )
 
-# %% ../../nbs/workflow/46b_setting_sections.ipynb #6124e13e
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #42a8ef33
 PathSection = section(
     "PathSection",
     "Where results go; the database is no setting of the file: --db-url or KALLOS_DB_URL.",
@@ -136,14 +140,14 @@ WorkerSection = section(
     **pick(TuneSettings, "dask_scheduler gpus"),
 )
 
-# %% ../../nbs/workflow/46b_setting_sections.ipynb #740c445d
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #ed33327e
 def _whole_groups(value: Any) -> Any:
     return {name: [] for name in FeatureGroups.model_fields} | value if isinstance(value, dict) and value else value
 
 
 _Features = Annotated[FeatureGroups, BeforeValidator(_whole_groups)]
 
-
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #06becd7f
 class _Sections(Settings):
     """The sections that one timeframe may have its own values of."""
 
@@ -165,7 +169,7 @@ class _Sections(Settings):
             return values
         return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
 
-# %% ../../nbs/workflow/46b_setting_sections.ipynb #afc49ada
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #7d00c658
 class TimeframeSettings(_Sections):
     """What differs for one timeframe; only what was named counts."""
 
@@ -174,7 +178,7 @@ class TimeframeSettings(_Sections):
         named = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
         return {name: own.model_dump(mode="json", include=own.model_fields_set) for name, own in named.items()}
 
-
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #d42d636c
 class _Head(Settings):
     """What the sections are about."""
 
@@ -195,7 +199,7 @@ class PipelineFields(_Sections, _Head):
         {}, description="settings that differ for a timeframe", examples=[{"15m": {"training": {"train_stride": 4}}}]
     )
 
-# %% ../../nbs/workflow/46b_setting_sections.ipynb #d14d039f
+# %% ../../nbs/workflow/46b_setting_sections.ipynb #12049b68
 def of_timeframe(
     settings: PipelineFields,  # of a run
     timeframe: str,  # one of its timeframes

@@ -53,7 +53,7 @@ def _copied(value: Any) -> Any:
         return {name: _copied(one) for name, one in value.items()}
     return [*map(_copied, value)] if isinstance(value, list) else value
 
-# %% ../../nbs/workflow/48_settings.ipynb #cc3eae05
+# %% ../../nbs/workflow/48_settings.ipynb #8acda29e
 def _expand(source: _Source, table: Any, above: Keys = ()) -> None:
     """Puts the content of the files that sections name in their place."""
     for name in ("features", "paths") if isinstance(table, dict) else ():
@@ -67,7 +67,7 @@ def _own_tables(table: Any) -> list[tuple[str, dict[str, Any]]]:
     own = table.get("per_timeframe") if isinstance(table, dict) else None
     return [(name, one) for name, one in own.items() if isinstance(one, dict)] if isinstance(own, dict) else []
 
-
+# %% ../../nbs/workflow/48_settings.ipynb #82ff8998
 def _own_file(source: _Source, keys: Keys, path: Path) -> dict[str, Any]:
     beside = source.path.parent / path if source.path else path
     try:
@@ -77,7 +77,7 @@ def _own_file(source: _Source, keys: Keys, path: Path) -> dict[str, Any]:
     source.places |= {(*keys, *below): place for below, place in found.places.items()}
     return found.values
 
-# %% ../../nbs/workflow/48_settings.ipynb #612a5deb
+# %% ../../nbs/workflow/48_settings.ipynb #a7ffaf4b
 def _override(source: _Source, dotted: str, value: Any) -> None:
     keys = tuple(dotted.split("."))
     for _, own in _own_tables(source.values) if keys[0] != "per_timeframe" else ():
@@ -95,7 +95,7 @@ def _override(source: _Source, dotted: str, value: Any) -> None:
     table[keys[-1]] = _copied(value)
     source.places = {one: place for one, place in source.places.items() if one[: len(keys)] != keys} | {keys: _TYPED}
 
-# %% ../../nbs/workflow/48_settings.ipynb #e82b3e82
+# %% ../../nbs/workflow/48_settings.ipynb #dcf56b15
 def read_settings(
     path: str | Path | None,  # a file like config/train.yaml; None: the defaults, and what was typed
     *,
@@ -112,7 +112,7 @@ def read_settings(
     _expand(source, source.values)
     return PipelineSettings.from_places(source.values, place=source.place)
 
-# %% ../../nbs/workflow/48_settings.ipynb #ce573500
+# %% ../../nbs/workflow/48_settings.ipynb #a876decf
 def settings_of(
     settings: PipelineSettings,  # of a run
     timeframe: str,  # length of a bar
@@ -125,7 +125,7 @@ def settings_of(
     refuse(impossible(alone), lambda keys: f"the settings of {timeframe}")
     return alone
 
-
+# %% ../../nbs/workflow/48_settings.ipynb #a2c1e6ed
 def end_date_of(
     settings: PipelineSettings,  # of a run, or of a timeframe
     first: datetime,  # of the bars
@@ -141,7 +141,7 @@ def end_date_of(
         raise ConfigError("the bars are too short for a boundary at a whole day", f"{first} to {last}", todo)
     return boundary.to_pydatetime()
 
-# %% ../../nbs/workflow/48_settings.ipynb #1b85d169
+# %% ../../nbs/workflow/48_settings.ipynb #d1c85035
 def _shared(s: PipelineSettings, known: dict[str, Any], splits: Path | None) -> dict[str, Any]:
     """The settings that every run has."""
     values = known | {"model_name": s.model.name, "feature_groups": s.features, "splits": splits, "seed": s.seed}
@@ -153,7 +153,7 @@ def _shared(s: PipelineSettings, known: dict[str, Any], splits: Path | None) -> 
         values = complete_from_splits(values)
     return values
 
-
+# %% ../../nbs/workflow/48_settings.ipynb #a16adc94
 _TRAINING = """device precision exact gradient_clip batch_size train_stride max_samples_per_epoch
 growing_epochs""".split()  # noqa: SIM905
 
@@ -166,7 +166,7 @@ def _val_length(s: PipelineSettings, n_rows: int | None) -> int | None:
     room = n_rows - 2 * least - s.labels.horizon - s.split.embargo
     return max(least, min(room, int(n_rows * s.split.val_share)) // folds)
 
-# %% ../../nbs/workflow/48_settings.ipynb #088fa8fc
+# %% ../../nbs/workflow/48_settings.ipynb #657597be
 def tune_settings(
     settings: PipelineSettings,  # of one timeframe
     *,
@@ -189,7 +189,7 @@ def tune_settings(
 _HPO = "timeout sampler pruner deterministic early_stopping_on optuna_schema".split()  # noqa: SIM905
 _SPLIT = ("folds", "train_window", "embargo")
 
-# %% ../../nbs/workflow/48_settings.ipynb #0ae45da8
+# %% ../../nbs/workflow/48_settings.ipynb #60747d7f
 def train_settings(
     settings: PipelineSettings,  # of one timeframe
     *,
@@ -205,7 +205,7 @@ def train_settings(
     values = _shared(settings, known, splits) | {"n_epochs": settings.training.n_epochs, "output_path": folder}
     return TrainSettings.from_values(merge_params(values, params_file), source="the training")
 
-
+# %% ../../nbs/workflow/48_settings.ipynb #72fc8535
 def evaluate_settings(
     settings: PipelineSettings,  # of one timeframe
     *,
@@ -225,7 +225,7 @@ def evaluate_settings(
     values |= {"optuna_schema": s.hpo.optuna_schema, "params_file": params_file, "output_path": folder}
     return evaluation_settings(values, source="the evaluation")
 
-# %% ../../nbs/workflow/48_settings.ipynb #acf4ab9d
+# %% ../../nbs/workflow/48_settings.ipynb #99359844
 def backtest_settings(
     settings: PipelineSettings,  # of one timeframe
     *,
@@ -236,7 +236,7 @@ def backtest_settings(
     values = settings.backtest.model_dump() | {"n_jobs": settings.workers.n_jobs, "seed": settings.seed}
     return BacktestSettings.from_values(values | {"forecasts": forecasts, "output_path": folder}, source="the backtest")
 
-
+# %% ../../nbs/workflow/48_settings.ipynb #25b8e5a6
 def data_settings(
     settings: PipelineSettings,  # of one timeframe, with the target return or label
     *,
