@@ -5,6 +5,7 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "preparation": ("Prepared", "prepare_bars", "prepare_features", "register_once", "source_of"),
         "checks": ("BAD", "Check", "Status", "as_records", "attempt", "checks_text"),
         "kernels": ("own_kernel",),
         "machine": (
