@@ -14,6 +14,12 @@ __getattr__, __dir__, __all__ = lazy(
             "TrainingError",
             "error_from",
         ),
+        "yaml_files": (
+            "Keys",
+            "YamlFile",
+            "read_yaml",
+            "read_yaml_file",
+        ),
         "config": (
             "FeatureGroups",
             "Groups",
@@ -32,7 +38,6 @@ __getattr__, __dir__, __all__ = lazy(
             "parse_moment",
             "project_root",
             "read_feature_groups",
-            "read_yaml",
             "settings_from_notebook",
             "settings_from_yaml",
             "study_name",

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Moment', 'Timeframe', 'Name', 'SchemaName', 'Groups', 'Workers', 'project_root', 'find_file', 'Settings',
-           'parse_moment', 'FeatureGroups', 'read_feature_groups', 'read_yaml', 'RunSettings', 'TuneSettings',
-           'study_name', 'TrainSettings', 'settings_from_yaml', 'notebook_parameters', 'settings_from_notebook',
-           'as_parameters']
+           'parse_moment', 'FeatureGroups', 'read_feature_groups', 'RunSettings', 'TuneSettings', 'study_name',
+           'TrainSettings', 'settings_from_yaml', 'notebook_parameters', 'settings_from_notebook', 'as_parameters']
 
 # %% ../../nbs/core/02_config.ipynb #1260f4da
 import json
@@ -15,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,6 +26,7 @@ from pydantic import (
 
 from .columns import timeframe_delta
 from .errors import ConfigError, DataError
+from .yaml_files import read_yaml
 
 # %% ../../nbs/core/02_config.ipynb #c796c263
 def project_root(
@@ -120,9 +119,11 @@ SchemaName = Annotated[str, AfterValidator(_check_schema)]
 class FeatureGroups(Settings):
     """The features a model sees, by the way in which they are scaled."""
 
-    volume_features: list[str] = ["volume_ratio"]
-    bounded_features: list[str] = ["rsi", "mfi"]
-    unbounded_features: list[str] = ["macd_diff_relative", "realised_volatility_30"]
+    volume_features: list[str] = Field(["volume_ratio"], description="by a logarithm, then standardised")
+    bounded_features: list[str] = Field(["rsi", "mfi"], description="from their known bounds to 0 .. 1")
+    unbounded_features: list[str] = Field(
+        ["macd_diff_relative", "realised_volatility_30"], description="by median and spread"
+    )
 
     @property
     def names(self) -> list[str]:
@@ -163,21 +164,6 @@ def _parse_groups(text: str) -> Any:
 
 Groups = Annotated[FeatureGroups, BeforeValidator(read_feature_groups)]
 
-# %% ../../nbs/core/02_config.ipynb #569d5fe5
-def read_yaml(
-    path: Path,  # a YAML file whose top level is a table
-) -> dict[str, Any]:
-    """The file's table; ConfigError if the file is missing, no YAML, or no table."""
-    try:
-        table = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror})", next_step="Check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path} must hold a table of settings", received=table)
-    return table
-
 # %% ../../nbs/core/02_config.ipynb #915bb111
 class _Question(Settings):
     """What is asked: whose bars, up to when, and what of them."""
@@ -207,6 +193,10 @@ class RunSettings(_Question):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks train")
     precision: Literal["auto", "32", "mixed", "bf16", "16"] = Field("auto", description="of a network's arithmetic")
     exact: bool = Field(False, description="train recurrent networks with PyTorch's own layers")
+    gradient_clip: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="largest norm of a gradient; no limit if none"
+    )
+    batch_size: int | None = Field(None, ge=1, description="windows of a step; from the search space if none")
     train_stride: int = Field(1, ge=1, description="bars from one training window to the next")
     max_samples_per_epoch: int | None = Field(None, ge=1, description="windows drawn anew for each epoch; all if none")
     growing_epochs: bool = Field(False, description="epochs begin with an eighth of the windows and double")
@@ -247,6 +237,11 @@ class TuneSettings(_StudySettings):
     """The settings of a walk-forward study."""
 
     early_stopping_on: Literal["fold", "inner"] = Field("fold", description="whose loss stops a fit")
+    sampler: Literal["tpe", "random", "cmaes", "qmc"] = Field("tpe", description="what suggests hyperparameters")
+    search_space: dict[str, Any] | None = Field(
+        None,
+        description="hyperparameter: {low, high, log, step}, a list of choices or a value; the model's own if none",
+    )
     pruner: _PRUNERS = Field(
         "successive_halving", description="which trials end early; models without epochs know wilcoxon alone"
     )

@@ -1,4 +1,4 @@
-"""The run notebooks, executed: papermill reports."""
+"""One run: its settings, and the run notebooks executed as papermill reports."""
 
 from kallos import lazy
 
@@ -46,6 +46,48 @@ __getattr__, __dir__, __all__ = lazy(
             "target_check",
         ),
         "fit_costs": ("FitCost", "Measured", "measure", "measure_fit", "serve"),
+        "setting_fields": (
+            "Fault",
+            "Section",
+            "allowed",
+            "closest",
+            "faults_in",
+            "pick",
+            "plain_type",
+            "section",
+            "take",
+            "unknown",
+        ),
+        "setting_sections": (
+            "BacktestSection",
+            "DataSection",
+            "EvaluationSection",
+            "HpoSection",
+            "LabelSection",
+            "ModelSection",
+            "PathSection",
+            "PipelineFields",
+            "SplitSection",
+            "TimeframeSettings",
+            "TrainingSection",
+            "WorkerSection",
+            "of_timeframe",
+        ),
+        "setting_checks": ("impossible",),
+        "pipeline_settings": (
+            "PipelineSettings",
+            "refuse",
+        ),
+        "settings": (
+            "backtest_settings",
+            "data_settings",
+            "end_date_of",
+            "evaluate_settings",
+            "read_settings",
+            "settings_of",
+            "train_settings",
+            "tune_settings",
+        ),
         "reports": (
             "Report",
             "ReportEngine",

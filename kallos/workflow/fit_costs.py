@@ -74,12 +74,12 @@ def _peak() -> Iterator[_Peak]:
         peak.over.set()
         peak.thread.join()
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #8732b353
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #9d50b34d
 def _small_fold(table: pd.DataFrame, settings: TuneSettings, lookback: int, train: int, val: int) -> DartsFold:
     s, lead = settings, lookback + settings.horizon - 1
     rows = table.iloc[-(lead + train + s.horizon + val) :]
     val = min(val, max(1, len(rows) // 4))
-    stop = len(rows) - val - s.horizon
+    stop = min(lead + train, len(rows) - val - s.horizon)
     how = {"feature_groups": s.feature_groups, "target_col": s.target_col, "timeframe": s.timeframe}
     tested = [(max(0, stop + s.horizon - lead), stop + s.horizon, len(rows))]
     return fold_from_blocks(rows, [(0, stop)], tested, lookback=lookback, horizon=s.horizon, **how)
