@@ -89,6 +89,10 @@ __getattr__, __dir__, __all__ = lazy(
             "predict",
             "predict_app",
         ),
+        "doctor_commands": (
+            "doctor",
+            "doctor_app",
+        ),
         "drift_commands": (
             "drift",
             "drift_app",

@@ -229,10 +229,16 @@ _WORKERS = {
     "dask_scheduler": option(str, "Run the workers on the Dask cluster of that scheduler, e.g. tcp://10.0.0.1:8786."),
     "gpus": option(int, "Cards that the worker processes share, several on one if there are more workers."),
 }
+
+# %% ../nbs/59_options.ipynb #d0c70ad1
 _DASHBOARD = {
     "folder": option(Path, "Folder with an optuna.db, e.g. reports/BTC/1d.", "the working folder"),
     "host": option(str, "Address to listen at.", "127.0.0.1"),
     "port": option(int, "Port to listen at.", "8080"),
+}
+_EXAMINE = {
+    "as_json": flag("--json", "Print one JSON object in the place of lines."),
+    "no_fix": flag("--no-fix", "Mend nothing: what could be mended blocks."),
 }
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
 OPTIONS: dict[str, Any] = (
@@ -246,6 +252,7 @@ OPTIONS: dict[str, Any] = (
     | _JUDGED
     | _WORKERS
     | _DASHBOARD
+    | _EXAMINE
     | INFERENCE
     | RUNS_OPTIONS
 )

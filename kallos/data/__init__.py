@@ -142,6 +142,10 @@ __getattr__, __dir__, __all__ = lazy(
             "stream_raw",
             "symbols_of",
         ),
+        "mending": (
+            "Mended",
+            "mend_bars",
+        ),
         "merging": (
             "FAR",
             "WriteReport",

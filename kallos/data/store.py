@@ -19,7 +19,7 @@ from ..core.columns import BAR_COLUMNS, timeframe_delta
 from ..core.errors import DataError
 from .assets import claim_asset, delete_asset, nothing_found
 from .bars import to_utc
-from .bulk import fetch_rows, insert_rows
+from .bulk import fetch_rows, insert_rows, milliseconds
 from .database import reading, writing
 from .ledger import Repaired
 from .merging import FAR, WriteReport, merge_rows
@@ -46,6 +46,13 @@ class BarBatch:
         done = merge_rows(self._connection, BARS, bars, fixed=self._fixed)
         self.report += done
         return done
+
+    def remove(self, moments: pd.Series) -> None:
+        """Deletes the bars of these times, which are kept out from now on or will be written anew."""
+        series, stamps = [BARS.c[name] == value for name, value in self._fixed.items()], milliseconds(moments).tolist()
+        for start in range(0, len(stamps), 500):  # SQLite takes a limited number of values in one statement
+            self._connection.execute(BARS.delete().where(*series, BARS.c.ts.in_(stamps[start : start + 500])))
+        self.report += WriteReport(changed_from=moments.min() if len(moments) else None)
 
 # %% ../../nbs/data/12_store.ipynb #1503c7d8
 def _fixed(asset_id: str, timeframe: str) -> dict[str, str]:

@@ -26,7 +26,6 @@ import nbformat
 import papermill
 import plotly.io
 import zmq
-from jupyter_client.kernelspec import NoSuchKernel, get_kernel_spec
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
@@ -40,6 +39,7 @@ import kallos
 from ..core.config import Settings, as_parameters
 from ..core.errors import ArtifactError, ConfigError, KallosError, TrainingError, error_from
 from ..core.runs import atomic_write, mask_secrets
+from .kernels import own_kernel
 
 # %% ../../nbs/workflow/52_reports.ipynb #59276a33
 def find_notebook(
@@ -90,9 +90,6 @@ def check_parameters(
         )
 
 # %% ../../nbs/workflow/52_reports.ipynb #99489a28
-_ANY_PYTHON = {"python", "python3", f"python3.{sys.version_info.minor}"}
-
-
 def check_kernel(
     notebook: NotebookNode,  # a notebook that has not run
     *,
@@ -102,13 +99,7 @@ def check_kernel(
     asked = dict(notebook.metadata.get("kernelspec", {}))
     if asked.get("name") != "python3" or asked.get("language") != "python":
         raise ConfigError(f"{what} must ask for the kernel 'python3' of the language 'python'", received=asked)
-    todo = "Run: python -m ipykernel install --sys-prefix"
-    try:
-        program = get_kernel_spec("python3").argv[0]
-    except NoSuchKernel:
-        raise ConfigError("this environment has no kernel 'python3'", next_step=todo) from None
-    if program not in _ANY_PYTHON and Path(program).parent.resolve() != Path(sys.executable).parent.resolve():
-        raise ConfigError("the kernel 'python3' belongs to another interpreter", received=program, next_step=todo)
+    own_kernel()
 
 # %% ../../nbs/workflow/52_reports.ipynb #87aea0c6
 class _MaskingClient(PapermillNotebookClient):
