@@ -114,6 +114,12 @@ __getattr__, __dir__, __all__ = lazy(
             "reproduce_app",
             "runs_app",
         ),
+        "all_commands": (
+            "RunFailed",
+            "RunInterrupted",
+            "all_app",
+            "run_all",
+        ),
         "main": (
             "app",
             "main",

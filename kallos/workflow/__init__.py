@@ -182,6 +182,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "boards": (
             "Board",
+            "Records",
             "board_table",
             "seconds_left",
         ),

@@ -89,7 +89,7 @@ def _check_bundle(path: Path) -> str | None:
     load_bundle(path)
     return None
 
-# %% ../../nbs/workflow/52e_deliverables.ipynb #46aafaed
+# %% ../../nbs/workflow/52e_deliverables.ipynb #ac346b7a
 _CHECKS: dict[str, Callable[[Path], str | None]] = {
     ".json": _check_json,
     ".parquet": _check_forecasts,
@@ -104,7 +104,7 @@ _CHECKS: dict[str, Callable[[Path], str | None]] = {
     "": _check_bundle,
 }
 
-# %% ../../nbs/workflow/52e_deliverables.ipynb #2f7cb42c
+# %% ../../nbs/workflow/52e_deliverables.ipynb #bf6bdef7
 @dataclass(frozen=True)
 class Line:
     """A line of the checklist."""
@@ -127,7 +127,7 @@ def check_file(
         fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return Line(name, fault is None, fault)
 
-# %% ../../nbs/workflow/52e_deliverables.ipynb #b2b9321a
+# %% ../../nbs/workflow/52e_deliverables.ipynb #41079b02
 def checklist(
     part: Part,  # of a run
 ) -> list[Line]:
@@ -142,7 +142,7 @@ def _check_owed(part: Part, name: str, left: Mapping[str, str]) -> Line:
         return Line(line.path, False, "it has changed since its step left it")
     return line
 
-# %% ../../nbs/workflow/52e_deliverables.ipynb #7a6d7d9c
+# %% ../../nbs/workflow/52e_deliverables.ipynb #7a081975
 def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
@@ -153,7 +153,7 @@ def _status(steps: Mapping[str, Mapping[str, Any]]) -> str:
     found = next((state for state in worst if state in states), None)
     return found or ("done" if {*states} == {"done"} else "waiting")
 
-# %% ../../nbs/workflow/52e_deliverables.ipynb #05aa677f
+# %% ../../nbs/workflow/52e_deliverables.ipynb #640d9412
 def part_summary(
     part: Part,  # of a run
 ) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def part_summary(
     about = {"asset_id": part.asset_id, "timeframe": part.timeframe, "status": _status(steps)}
     return about | {"steps": shown, "error": failed} | _figures(part)
 
-# %% ../../nbs/workflow/52e_deliverables.ipynb #e3836bd2
+# %% ../../nbs/workflow/52e_deliverables.ipynb #81c74ada
 _TRADED = "sentence total_return buy_and_hold sharpe deflated_sharpe max_drawdown trades exposure".split()  # noqa: SIM905
 
 

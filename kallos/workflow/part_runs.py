@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Peak', 'watching_memory', 'run_part', 'work_on', 'read_part']
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #dfac6378
+# %% ../../nbs/workflow/52d_part_runs.ipynb #08af35f1
 import logging
 import os
 import signal
@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+# %% ../../nbs/workflow/52d_part_runs.ipynb #a57be5f9
 from ..core.errors import ArtifactError, KallosError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import mask_secrets, read_json
@@ -37,7 +38,7 @@ from kallos.workflow.parts import (
 from .settings import PipelineSettings
 from .steps import Work, clear_step, do_step, inputs_of
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #49971608
+# %% ../../nbs/workflow/52d_part_runs.ipynb #874bad9b
 def _held(process: psutil.Process) -> int:
     """Bytes that a process holds; 0 of one that has ended."""
     try:
@@ -51,7 +52,7 @@ def _tree() -> int:
     own = psutil.Process()
     return sum(map(_held, [own, *own.children(recursive=True)]))
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #d7e273d5
+# %% ../../nbs/workflow/52d_part_runs.ipynb #73654adf
 class Peak:
     """The most memory, in MiB, that a process tree held since the last `reset`."""
 
@@ -67,7 +68,7 @@ class Peak:
         self.mb = 0.0
         self.look()
 
-
+# %% ../../nbs/workflow/52d_part_runs.ipynb #f43fd1f1
 @contextmanager
 def watching_memory(
     seconds: float = 0.5,  # from one look to the next
@@ -87,7 +88,7 @@ def watching_memory(
         over.set()
         thread.join()
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #85eeabd2
+# %% ../../nbs/workflow/52d_part_runs.ipynb #354e0aca
 _BRINGS_BARS = ("preflight", "data")
 
 
@@ -103,7 +104,7 @@ def _run_step(work: Work, step: str, peak: Peak) -> None:
     record = {"inputs": inputs, "at": datetime.now(UTC).isoformat(timespec="seconds")}
     _do(work, step, record, peak)
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #77e146fe
+# %% ../../nbs/workflow/52d_part_runs.ipynb #3a77a44e
 def _do(work: Work, step: str, record: dict[str, Any], peak: Peak) -> None:
     part, begun = work.part, time.monotonic()
     record_step(part, step, status="running", **record)
@@ -124,14 +125,14 @@ def _do(work: Work, step: str, record: dict[str, Any], peak: Peak) -> None:
 def _spent(begun: float, peak: Peak) -> dict[str, float]:
     return {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": round(peak.mb, 1)}
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #2b632cd6
+# %% ../../nbs/workflow/52d_part_runs.ipynb #11ea810d
 def _what_happened(error: BaseException) -> dict[str, Any]:
     if isinstance(error, KeyboardInterrupt):
         return {"status": "interrupted", "error": None}
     said = mask_secrets(" ".join(str(error).split())) or "no more is known"
     return {"status": "failed", "error": {"kind": type(error).__name__, "message": said}}
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #ea53e00d
+# %% ../../nbs/workflow/52d_part_runs.ipynb #46c0c149
 def run_part(
     part: Part,  # of a run
     *,
@@ -156,7 +157,7 @@ def run_part(
     finally:
         stop_log()
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #68a74c42
+# %% ../../nbs/workflow/52d_part_runs.ipynb #ce768c01
 def _end_with(parent: int) -> None:
     """Ends this process and its children once its parent is another one."""
     while os.getppid() == parent:
@@ -168,7 +169,7 @@ def _end_with(parent: int) -> None:
             continue
     os._exit(9)
 
-
+# %% ../../nbs/workflow/52d_part_runs.ipynb #398b472a
 def work_on() -> None:
     """Runs the part that the arguments name, and leaves with its exit code; the process that the pipeline begins."""
     folder, name, parent = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -176,7 +177,7 @@ def work_on() -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     sys.exit(run_part(read_part(folder, name), db=os.environ.get("KALLOS_DB_URL")))
 
-# %% ../../nbs/workflow/52d_part_runs.ipynb #a2cf336f
+# %% ../../nbs/workflow/52d_part_runs.ipynb #81a2e228
 def read_part(
     folder: Path,  # of a run
     name: str,  # of a part

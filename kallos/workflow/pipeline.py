@@ -121,7 +121,7 @@ def _processes() -> Iterator[dict[str, subprocess.Popen]]:
         for process in running.values():
             _end(process)
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #377637f9
+# %% ../../nbs/workflow/53_pipeline.ipynb #00171822
 def _work_through(
     parts: Sequence[Part], db: Any, at_once: int, board: Board, is_stopping: StopSign, codes: dict[str, int]
 ) -> None:
@@ -141,7 +141,7 @@ def _work_through(
                 codes[name] = running.pop(name).returncode
                 log_event(f"{name}: ended", exit_code=codes[name])
             board.tick()
-            time.sleep(0.1)
+            time.sleep(0.3)
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #96dace55
 _STATES = {0: "done", 3: "interrupted", None: "interrupted"}
@@ -245,7 +245,7 @@ def settings_of_run(
     found = read_json(path, what="manifest of the run")
     return PipelineSettings.from_values(found["settings"], source=str(path))
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #85afecfb
+# %% ../../nbs/workflow/53_pipeline.ipynb #8faf10ef
 def run_pipeline(
     settings: PipelineSettings,  # of the run
     *,
@@ -263,8 +263,7 @@ def run_pipeline(
         _manifest(folder, settings, parts, {})
         start_log(folder / "run.log", quiet=True)
         try:
-            codes = _watched(parts, db, settings.workers.at_once, quiet)
-            summary = _summary(folder.name, begun, parts, codes)
+            summary = _summary(folder.name, begun, parts, _watched(parts, db, settings.workers.at_once, quiet))
             log_event("ended", status=summary["status"], seconds=summary["seconds"])
         finally:
             stop_log()
@@ -272,7 +271,7 @@ def run_pipeline(
         _index(db, folder, settings, begun, summary)
     return run
 
-
+# %% ../../nbs/workflow/53_pipeline.ipynb #33c535b9
 def _watched(parts: Sequence[Part], db: Any, at_once: int, quiet: bool) -> dict[str, int]:
     log_event("begins", parts=[part.name for part in parts])
     codes: dict[str, int] = {}

@@ -44,7 +44,7 @@ _ROWS = (
     ("trades", ("backtest", "trades"), "{:,}"),
 )
 
-# %% ../../nbs/workflow/52f_run_pages.ipynb #4ffd32a9
+# %% ../../nbs/workflow/52f_run_pages.ipynb #7d29c2e6
 def _cell(part: Mapping[str, Any], place: tuple[str, str], form: str) -> str:
     return _told((part.get(place[0]) or {}).get(place[1]), form)
 
@@ -59,7 +59,7 @@ def comparison(
     spent = [["time", *map(seconds_in_words, steps)], ["peak memory (MiB)", *(f"{peak:,.0f}" for peak in peaks)]]
     return [["", *parts], ["status", *(part["status"] for part in parts.values())], *rows, *spent]
 
-# %% ../../nbs/workflow/52f_run_pages.ipynb #97fa572d
+# %% ../../nbs/workflow/52f_run_pages.ipynb #2df18680
 _STYLE = """:root { color-scheme: light dark } body { font: 16px/1.5 Arial, Helvetica, sans-serif; max-width: 70em;
 margin: 2em auto; padding: 0 1em } table { border-collapse: collapse; display: block; overflow-x: auto }
 td, th { padding: 0.3em 0.8em; text-align: right; border-bottom: 1px solid #8884 }
@@ -81,7 +81,7 @@ _PAGE = """<!DOCTYPE html>
 </body></html>
 """
 
-# %% ../../nbs/workflow/52f_run_pages.ipynb #5d710dd6
+# %% ../../nbs/workflow/52f_run_pages.ipynb #8791f6cb
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     cells = "".join(f"<th>{escape(text)}</th>" for text in head)
@@ -97,7 +97,7 @@ def _verdict(name: str, part: Mapping[str, Any]) -> str:
     told = "<br>".join(map(escape, said)) or "Nothing is known yet."
     return f'<p class="{kind}"><b>{escape(name)}</b>: {told}</p>'
 
-# %% ../../nbs/workflow/52f_run_pages.ipynb #e1b60c6c
+# %% ../../nbs/workflow/52f_run_pages.ipynb #94c91210
 _PAGES = ("tune.html", "train.html", "evaluate.html", "backtest.html", "bundle/card.md")
 
 
@@ -116,7 +116,7 @@ def _checks(lines: Sequence[Mapping[str, Any]]) -> str:
     items = (f"<li>{escape(line['path'])}: {escape(line['why'] or '')}</li>" for line in wrong)
     return said + (f"<ul>{''.join(items)}</ul>" if wrong else "")
 
-# %% ../../nbs/workflow/52f_run_pages.ipynb #601194be
+# %% ../../nbs/workflow/52f_run_pages.ipynb #fe009a62
 def write_run_page(
     folder: Path,  # of a run
     summary: Mapping[str, Any],  # as in its summary.json

@@ -20,19 +20,19 @@ from ..core.errors import DataError
 from ..core.metrics import score_forecasts
 from ..core.runs import atomic_write, file_hash, fingerprint, read_json, write_json
 
-# %% ../../nbs/workflow/52c_steps.ipynb #0c4cbf5e
+# %% ../../nbs/workflow/52c_steps.ipynb #3cad3fa3
 from ..data.bars import to_utc
 from ..data.store import read_bars
 from ..data.tables import connect
 from ..evaluation.backtest_settings import BacktestSettings
 from ..evaluation.evaluation_settings import evaluation_folder
 from ..models.tuner import best_params_path
-from . import settings as flat
 from .data_fingerprints import data_fingerprints
-from .parts import STEPS, Part
+from .parts import Part
 from .preflight import run_preflight
 from .preparation import prepare_features
-from .reports import run_notebook
+from .reports import Report, run_notebook
+from .settings import backtest_settings, end_date_of, evaluate_settings, train_settings, tune_settings
 
 # %% ../../nbs/workflow/52c_steps.ipynb #a28b3932
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ class Work:
         """What tuning left, under the name that the single commands give it."""
         return self.part.steps / f"{self.stem}_best_params.json"
 
-# %% ../../nbs/workflow/52c_steps.ipynb #af225eb6
+# %% ../../nbs/workflow/52c_steps.ipynb #46fd018a
+_FLAT = {"tune": tune_settings, "train": train_settings, "evaluate": evaluate_settings}
+
+
 def _found(work: Work) -> dict[str, Any]:
     return read_json(work.part.steps / "data.json", what="record of the data")
 
@@ -62,9 +65,9 @@ def _flat(work: Work, kind: str, **more: Any) -> Settings:
     part, found = work.part, _found(work)
     key = {"asset_id": part.asset_id, "timeframe": part.timeframe, "folder": part.steps}
     rows = {"n_rows": found["rows_before"]} if kind == "tune" else {}
-    return getattr(flat, f"{kind}_settings")(part.settings, **key, end_date=found["end_date"], **rows, **more)
+    return _FLAT[kind](part.settings, **key, end_date=found["end_date"], **rows, **more)
 
-# %% ../../nbs/workflow/52c_steps.ipynb #2ba13a24
+# %% ../../nbs/workflow/52c_steps.ipynb #08f958fb
 def _preflight(work: Work) -> dict[str, Path]:
     part = work.part
     found = run_preflight(part.settings, asset_id=part.asset_id, timeframe=part.timeframe, db=work.db)
@@ -74,7 +77,7 @@ def _preflight(work: Work) -> dict[str, Path]:
         raise DataError(f"preflight blocked the training: {reasons}", next_step=f"All findings are in {kept}.")
     return {"steps/preflight.json": kept}
 
-# %% ../../nbs/workflow/52c_steps.ipynb #34203c05
+# %% ../../nbs/workflow/52c_steps.ipynb #2959736e
 def _data(work: Work) -> dict[str, Path]:
     part = work.part
     key = {"asset_id": part.asset_id, "timeframe": part.timeframe}
@@ -82,12 +85,12 @@ def _data(work: Work) -> dict[str, Path]:
     limits, names = {"start": part.settings.data.start}, part.settings.features.names
     found = data_fingerprints(work.db, **key, **limits, features=names, end=part.settings.data.end)
     first, last = (to_utc(found["bars"][name]) for name in ("first", "last"))
-    end = flat.end_date_of(part.settings, first, last + timeframe_delta(part.timeframe))
+    end = end_date_of(part.settings, first, last + timeframe_delta(part.timeframe))
     seen = data_fingerprints(work.db, **key, **limits, features=names, end=end)["features"]
     rows = {"rows_before": seen["rows"], "rows_after": found["features"]["rows"] - seen["rows"]}
     return {"steps/data.json": write_json(part.steps / "data.json", found | {"seen": seen, "end_date": end} | rows)}
 
-# %% ../../nbs/workflow/52c_steps.ipynb #598a3880
+# %% ../../nbs/workflow/52c_steps.ipynb #d43075e3
 def _tune(work: Work) -> dict[str, Path]:
     part, best = work.part, work.params_file
     if part.settings.hpo.skip:
@@ -99,10 +102,10 @@ def _tune(work: Work) -> dict[str, Path]:
     return made | _pages(page)
 
 
-def _pages(report: Any) -> dict[str, Path]:
+def _pages(report: Report) -> dict[str, Path]:
     return {path.name: path for path in (report.notebook, report.html)}
 
-# %% ../../nbs/workflow/52c_steps.ipynb #b135bc8e
+# %% ../../nbs/workflow/52c_steps.ipynb #eb55aece
 def _train(work: Work) -> dict[str, Path]:
     part = work.part
     settings = _flat(work, "train", params_file=work.params_file)
@@ -112,7 +115,7 @@ def _train(work: Work) -> dict[str, Path]:
     made |= {"steps/" + (manifest := part.steps / f"{work.stem}_manifest.json").name: manifest}
     return made | ({"model.pt.ckpt": more} if more.is_file() else {}) | _pages(page)
 
-# %% ../../nbs/workflow/52c_steps.ipynb #0ffb8ccc
+# %% ../../nbs/workflow/52c_steps.ipynb #0f11964d
 def _evaluate(work: Work) -> dict[str, Path]:
     part = work.part
     settings = _flat(work, "evaluate", params_file=work.params_file)
@@ -126,7 +129,7 @@ def _evaluate(work: Work) -> dict[str, Path]:
     metrics = write_json(part.steps / "metrics_test.json", told)
     return {"metrics_test.json": metrics, "preds_test.parquet": forecasts} | _pages(page)
 
-# %% ../../nbs/workflow/52c_steps.ipynb #5d543528
+# %% ../../nbs/workflow/52c_steps.ipynb #7efedeae
 _KEPT = "sentence has_skill level fee answers folds paths calibration search search_sentence importance"
 
 
@@ -137,7 +140,7 @@ def _told(found: dict[str, Any], forecasts: pd.DataFrame) -> dict[str, Any]:
     about = {"level": held["level"], "looks": len(held["looks"]), "verdict": held["verdict"]}
     return {name: found[name] for name in _KEPT.split()} | {"test": scores | about}
 
-# %% ../../nbs/workflow/52c_steps.ipynb #514a20cf
+# %% ../../nbs/workflow/52c_steps.ipynb #cdc44675
 def _backtest(work: Work) -> dict[str, Path]:
     part = work.part
     settings = _trading(work)
@@ -150,9 +153,9 @@ def _backtest(work: Work) -> dict[str, Path]:
 def _trading(work: Work) -> BacktestSettings:
     folder = evaluation_folder(_flat(work, "evaluate", params_file=work.params_file))
     forecasts = folder / "test_forecasts.parquet"
-    return flat.backtest_settings(work.part.settings, forecasts=forecasts, folder=work.part.steps)
+    return backtest_settings(work.part.settings, forecasts=forecasts, folder=work.part.steps)
 
-# %% ../../nbs/workflow/52c_steps.ipynb #903c55d7
+# %% ../../nbs/workflow/52c_steps.ipynb #260e77f1
 def _bundle(work: Work) -> dict[str, Path]:
     from kallos.inference.bundle_making import make_bundle
 
@@ -160,7 +163,7 @@ def _bundle(work: Work) -> dict[str, Path]:
     made = make_bundle(part.steps / f"{work.stem}_manifest.json", db=work.db, output_path=part.folder / "bundle")
     return {f"bundle/{path.name}": path for path in sorted(made.path.iterdir())}
 
-# %% ../../nbs/workflow/52c_steps.ipynb #8bfdf7ad
+# %% ../../nbs/workflow/52c_steps.ipynb #c4b12ac8
 _NO_INPUT = ("output_path", "n_jobs", "params_file", "forecasts", "dask_scheduler", "gpus")
 
 
@@ -176,7 +179,7 @@ def _sections(work: Work, *names: str) -> dict[str, Any]:
 def _hash(path: Path) -> str | None:
     return file_hash(path) if path.is_file() else None
 
-# %% ../../nbs/workflow/52c_steps.ipynb #fd6c7110
+# %% ../../nbs/workflow/52c_steps.ipynb #c7c3788b
 def _bars_digest(work: Work) -> str | None:
     """The fingerprint of the stored bars; None if there are none."""
     key = {"asset_id": work.part.asset_id, "timeframe": work.part.timeframe}
@@ -186,10 +189,16 @@ def _bars_digest(work: Work) -> str | None:
     except DataError:
         return None
 
-
+# %% ../../nbs/workflow/52c_steps.ipynb #add0310b
 _OF_DATA = ("data", "split", "features", "labels", "model", "training", "hpo")
 
-# %% ../../nbs/workflow/52c_steps.ipynb #d4c4116f
+
+def _of_study(work: Work, seen: str) -> dict[str, Any]:
+    hpo = work.part.settings.hpo
+    mine = {"params_file": _hash(find_file(hpo.params_file))} if hpo.skip else _plain(_flat(work, "tune"))
+    return {"settings": mine, "seen": seen}
+
+# %% ../../nbs/workflow/52c_steps.ipynb #1fbaafd1
 def inputs_of(
     work: Work,  # a part whose steps before this one are done
     step: str,  # one of STEPS
@@ -200,9 +209,7 @@ def inputs_of(
         return _sections(work, *_OF_DATA) | {"bars": _bars_digest(work)}
     found, best = _found(work), {"best": _hash(work.params_file)}
     if step == "tune":
-        given = part.settings.hpo.params_file
-        mine = {"skip": _hash(find_file(given))} if part.settings.hpo.skip else _plain(_flat(work, "tune"))
-        return {"settings": mine, "seen": found["seen"]["fingerprint"]}
+        return _of_study(work, found["seen"]["fingerprint"])
     if step == "train":
         mine = _plain(_flat(work, "train", params_file=work.params_file))
         return best | {"settings": mine, "seen": found["seen"]["fingerprint"]}
@@ -214,7 +221,7 @@ def inputs_of(
     settings = _flat(work, "evaluate", params_file=work.params_file)
     return best | {"settings": _plain(settings), "rows": found["features"]["fingerprint"]}
 
-# %% ../../nbs/workflow/52c_steps.ipynb #f7068f47
+# %% ../../nbs/workflow/52c_steps.ipynb #cbc312bc
 _RUN: dict[str, Callable[[Work], dict[str, Path]]] = {
     "preflight": _preflight,
     "data": _data,
@@ -225,7 +232,7 @@ _RUN: dict[str, Callable[[Work], dict[str, Path]]] = {
     "bundle": _bundle,
 }
 
-# %% ../../nbs/workflow/52c_steps.ipynb #96df9178
+# %% ../../nbs/workflow/52c_steps.ipynb #3689f818
 def do_step(
     work: Work,  # a part whose steps before this one are done
     step: str,  # one of STEPS
@@ -244,7 +251,7 @@ def _publish(source: Path, target: Path) -> None:
     with source.open("rb") as origin, atomic_write(target) as file:
         shutil.copyfileobj(origin, file)
 
-# %% ../../nbs/workflow/52c_steps.ipynb #69e38834
+# %% ../../nbs/workflow/52c_steps.ipynb #97aea0b3
 _OWN = {"tune": ("optuna*", ".optuna*", "artifacts", "*_best_params.json", "*_tune*")}
 
 
