@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['surroundings_notes', 'Reproduction', 'reproduce']
 
-# %% ../../nbs/workflow/55b_reproduction.ipynb #bd63b713
+# %% ../../nbs/workflow/55b_reproduction.ipynb #6516f12e
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import ArtifactError
 from ..data.database import Database
 from .data_fingerprints import changed_tables
 from .run_differences import Difference, compare_folders
@@ -88,14 +89,16 @@ def _compare(run: Run, again: Path, parts: list[str]) -> list[Difference]:
         found += compare_folders(run.folder, second.folder, parts=kept)
     return found
 
-# %% ../../nbs/workflow/55b_reproduction.ipynb #46ab5318
+# %% ../../nbs/workflow/55b_reproduction.ipynb #18ff9072
 def reproduce(
     run: Run,  # as from `kallos.workflow.run_records.open_run`
     *,
     db: Database = None,  # where its data are, as for `kallos.data.tables.connect`
     run_again: Callable[[dict[str, Any], str], Path],  # runs the settings of a manifest under that id; the run's folder
 ) -> Reproduction:
-    """The answer; ArtifactError if the manifest is of another make, and whatever `run_again` raises."""
+    """The answer; ArtifactError if it runs or is of another make, and whatever `run_again` raises."""
+    if run.status == "running":
+        raise ArtifactError("the run is still at work", run.run_id, "Wait for its end, then ask again.")
     statuses = _statuses(run)
     parts = [part for part, status in statuses.items() if status == "done"]
     notes = [f"{part}: {status} the first time, not compared" for part, status in statuses.items() if status != "done"]
