@@ -107,12 +107,12 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "runs_commands": (
             "NotReproduced",
-            "compare",
-            "list_runs",
-            "prune",
             "reproduce",
             "reproduce_app",
             "runs_app",
+            "runs_compare",
+            "runs_list",
+            "runs_prune",
         ),
         "all_commands": (
             "RunFailed",

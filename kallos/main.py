@@ -36,9 +36,8 @@ Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupt
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
 _RESEARCH = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
-for commands in (doctor_app, *_RESEARCH, bundle_app, predict_app, serve_app, drift_app, reproduce_app):
+for commands in (doctor_app, *_RESEARCH, bundle_app, predict_app, serve_app, drift_app, runs_app, reproduce_app):
     app.add_typer(commands)
-app.add_typer(runs_app, name="runs")
 
 
 def _print_version(wanted: bool) -> None:

@@ -241,20 +241,9 @@ _EXAMINE = {
     "no_fix": flag("--no-fix", "Mend nothing: what could be mended blocks."),
 }
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
+_LATER = INFERENCE | RUNS_OPTIONS
 OPTIONS: dict[str, Any] = (
-    _SHARED
-    | _DATA
-    | _FETCH
-    | _TABLES
-    | _RUN
-    | _TRAIN
-    | _TUNE
-    | _JUDGED
-    | _WORKERS
-    | _DASHBOARD
-    | _EXAMINE
-    | INFERENCE
-    | RUNS_OPTIONS
+    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | _EXAMINE | _LATER
 )
 
 # %% ../nbs/59_options.ipynb #15eee451
@@ -286,7 +275,6 @@ def command(
     required: str = "",  # those that must be typed
     example: str,  # of what is typed after the command's name
     stopped: str,  # what Ctrl-C left behind, and how to go on
-    name: str | None = None,  # as typed, e.g. "runs list" in the app of `runs`; the function's if None
 ) -> Callable[[Callable], Callable]:
     """A decorator that makes a command of a function, which then receives the options that were typed."""
 
@@ -299,8 +287,8 @@ def command(
 
         call.__signature__ = _signature(names.split(), required.split())
         call.__annotations__ = {name: OPTIONS[name] for name in names.split()}
-        typed = name or run.__name__.replace("_", "-")
-        app.command(typed.split()[-1], help=f"{run.__doc__}\n\nExample: kallos-run {typed} {example}".rstrip())(call)
+        typed = run.__name__.replace("_", " " if app.info.name else "-")  # runs_list is `list` of the app `runs`
+        app.command(typed.split()[-1], help=f"{run.__doc__}\n\nExample: kallos-run {typed} {example}")(call)
         return run
 
     return register

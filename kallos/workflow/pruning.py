@@ -100,13 +100,13 @@ class Pruned:
         freed = f"{self.bytes / 2**20:.1f} MiB {'would be freed' if self.dry_run else 'freed'}"
         return "\n".join([*lines, f"{len(self.runs)} runs {would}, {freed}"])
 
-# %% ../../nbs/workflow/54b_pruning.ipynb #bcde0d47
+# %% ../../nbs/workflow/54b_pruning.ipynb #c89fda37
 def _stays(run: Run) -> str | None:
     if run.folder.name == SHOWCASE:
         return "it is the showcase"
     return "it is running" if run.status == "running" else None
 
-
+# %% ../../nbs/workflow/54b_pruning.ipynb #e52494cb
 def prune_runs(
     reports: str | Path,  # folder with a folder for each run
     *,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['surroundings_notes', 'Reproduction', 'reproduce']
 
-# %% ../../nbs/workflow/55b_reproduction.ipynb #bd63b713
+# %% ../../nbs/workflow/55b_reproduction.ipynb #6516f12e
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import ArtifactError
 from ..data.database import Database
 from .data_fingerprints import changed_tables
 from .run_differences import Difference, compare_folders
@@ -31,7 +32,7 @@ def surroundings_notes(
     names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
     return [f"{name}: {first.get(name)} before, {second.get(name)} now" for name in names]
 
-# %% ../../nbs/workflow/55b_reproduction.ipynb #c3f577a0
+# %% ../../nbs/workflow/55b_reproduction.ipynb #ef81ea55
 @dataclass(frozen=True)
 class Reproduction:
     """Whether a run could be repeated, and what differs."""
@@ -51,16 +52,20 @@ class Reproduction:
     @property
     def sentence(self) -> str:
         """The answer in words."""
-        if self.tables:
-            return f"No: the data of {self.run_id} have changed, so it was not run again: {'; '.join(self.tables)}."
-        if not self.parts:
-            return f"No: no part of {self.run_id} was done, so there is nothing to compare."
-        if not self.differences:
-            return f"Yes: {self.run_id} gives the same numbers again, to the last bit, in {', '.join(self.parts)}."
-        files = dict.fromkeys(f"{one.part}/{one.file}" for one in self.differences)
-        return f"No: {len(self.differences)} differences from {self.run_id}, in {', '.join(files)}."
+        return _sentence(self)
 
-# %% ../../nbs/workflow/55b_reproduction.ipynb #3abe4f08
+# %% ../../nbs/workflow/55b_reproduction.ipynb #53a77ec5
+def _sentence(found: Reproduction) -> str:
+    if found.tables:
+        return f"No: the data of {found.run_id} have changed, so it was not run again: {'; '.join(found.tables)}."
+    if not found.parts:
+        return f"No: no part of {found.run_id} was done, so there is nothing to compare."
+    if not found.differences:
+        return f"Yes: {found.run_id} gives the same numbers again, to the last bit, in {', '.join(found.parts)}."
+    files = dict.fromkeys(f"{one.part}/{one.file}" for one in found.differences)
+    return f"No: {len(found.differences)} differences from {found.run_id}, in {', '.join(files)}."
+
+# %% ../../nbs/workflow/55b_reproduction.ipynb #ae04809f
 def _fresh(run: Run) -> str:
     names = (f"{run.run_id}_again{'' if number == 1 else number}" for number in count(1))
     return next(name for name in names if not run.folder.with_name(name).exists())
@@ -70,11 +75,11 @@ def _settings(run: Run) -> dict[str, Any]:
     settings = deepcopy(run.manifest["settings"])
     return settings | {"paths": {**settings.get("paths", {}), "reports": str(run.folder.parent)}}
 
-
+# %% ../../nbs/workflow/55b_reproduction.ipynb #80cb4eea
 def _statuses(run: Run) -> dict[str, str]:
     return {part: told.get("status", "unknown") for part, told in run.parts.items()}
 
-# %% ../../nbs/workflow/55b_reproduction.ipynb #cc1adabb
+
 def _compare(run: Run, again: Path, parts: list[str]) -> list[Difference]:
     now = _statuses(find_run_folder(again.parent, again.name))
     lost = [part for part in parts if now.get(part) != "done"]
@@ -84,14 +89,16 @@ def _compare(run: Run, again: Path, parts: list[str]) -> list[Difference]:
         found += compare_folders(run.folder, second.folder, parts=kept)
     return found
 
-# %% ../../nbs/workflow/55b_reproduction.ipynb #fa6cd9e3
+# %% ../../nbs/workflow/55b_reproduction.ipynb #18ff9072
 def reproduce(
     run: Run,  # as from `kallos.workflow.run_records.open_run`
     *,
     db: Database = None,  # where its data are, as for `kallos.data.tables.connect`
     run_again: Callable[[dict[str, Any], str], Path],  # runs the settings of a manifest under that id; the run's folder
 ) -> Reproduction:
-    """The answer; ArtifactError if the manifest is of another make, and whatever `run_again` raises."""
+    """The answer; ArtifactError if it runs or is of another make, and whatever `run_again` raises."""
+    if run.status == "running":
+        raise ArtifactError("the run is still at work", run.run_id, "Wait for its end, then ask again.")
     statuses = _statuses(run)
     parts = [part for part, status in statuses.items() if status == "done"]
     notes = [f"{part}: {status} the first time, not compared" for part, status in statuses.items() if status != "done"]

@@ -37,7 +37,7 @@ class Difference:
 
 Place = tuple[str, Any, Any]  # where, expected, found
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #38629173
+# %% ../../nbs/workflow/55_run_differences.ipynb #b37da851
 def _same(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Element by element whether they are the same, in the shape of both."""
     if expected.dtype.kind == "f":
@@ -53,7 +53,7 @@ def _distance(expected: np.ndarray, found: np.ndarray) -> str:
     far = np.abs(expected.astype("float64") - found.astype("float64"))
     return "" if np.isnan(far).all() else f", by up to {np.nanmax(far):.3g}"
 
-
+# %% ../../nbs/workflow/55_run_differences.ipynb #077018fe
 def _array_difference(name: str, expected: np.ndarray, found: np.ndarray) -> Place | None:
     kinds = [f"{array.dtype} {list(array.shape)}" for array in (expected, found)]
     if kinds[0] != kinds[1]:
@@ -66,7 +66,7 @@ def _array_difference(name: str, expected: np.ndarray, found: np.ndarray) -> Pla
     place = f"[{', '.join(map(str, first))}]" if first else ""
     return f"{name}{place} ({size})", expected[first].item(), found[first].item()
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #a1bc13de
+# %% ../../nbs/workflow/55_run_differences.ipynb #bf9b58a2
 def _table_difference(expected: pd.DataFrame, found: pd.DataFrame) -> list[Place]:
     if list(expected) != list(found):
         return [("columns", ", ".join(expected), ", ".join(found))]
@@ -87,7 +87,7 @@ def _table_difference(expected: pd.DataFrame, found: pd.DataFrame) -> list[Place
 def _values(column: pd.Series) -> np.ndarray:
     return column.to_numpy() if isinstance(column.dtype, np.dtype) else column.to_numpy(dtype=object, na_value=None)
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #a3b6bf6a
+# %% ../../nbs/workflow/55_run_differences.ipynb #ea5c7750
 def _column_distance(expected: pd.DataFrame, found: pd.DataFrame, other: pd.DataFrame) -> str:
     """By how much the farthest number is off, in the column where it is."""
     far = {}
@@ -97,7 +97,7 @@ def _column_distance(expected: pd.DataFrame, found: pd.DataFrame, other: pd.Data
     known = pd.Series(far, dtype=float).dropna()
     return "" if known.empty else f", {known.idxmax()} by up to {known.max():.3g}"
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #9f5081ea
+# %% ../../nbs/workflow/55_run_differences.ipynb #bceb5022
 _CLOCK, _PLACE, _MACHINE = "the clock", "where the run lies", "what else the machine did"
 VOLATILE = {
     **dict.fromkeys(("created_at", "started_at", "finished_at", "at"), _CLOCK),
@@ -123,7 +123,7 @@ def _figures(path: Path) -> dict[str, Any]:
     flat = flatten(read_json(path), lists=True)
     return {name: value for name, value in flat.items() if not {*name.split(".")} & {*VOLATILE}}
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #0b4f9abe
+# %% ../../nbs/workflow/55_run_differences.ipynb #6feda54c
 _PLAIN = (int, float, str, bool, bytes, np.generic, type(None))
 
 
@@ -142,7 +142,7 @@ def _leaves(value: Any, name: str, above: tuple[int, ...] = ()) -> Iterator[tupl
         for key, one in _branches(value):
             yield from _leaves(one, f"{name}.{key}", (*above, id(value)))
 
-
+# %% ../../nbs/workflow/55_run_differences.ipynb #1734cb2c
 def _branches(value: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(value, partial):
         value = {"func": value.func, "args": value.args, **value.keywords}
@@ -151,7 +151,7 @@ def _branches(value: Any) -> Iterator[tuple[Any, Any]]:
     state = value if isinstance(value, Mapping) else getattr(value, "__dict__", None) or value.__getstate__()
     return iter(state.items() if isinstance(state, Mapping) else ())
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #61c5bfc6
+# %% ../../nbs/workflow/55_run_differences.ipynb #a5713855
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
     import torch
 
@@ -173,7 +173,7 @@ def _read_model(path: Path) -> dict[str, Any]:
 def _by_values(read: Callable[[Path], dict[str, Any]]) -> Callable[[Path, Path], list[Place]]:
     return lambda original, again: _values_difference(read(original), read(again))
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #cdc93ae4
+# %% ../../nbs/workflow/55_run_differences.ipynb #3ea1e5d4
 def _by_table(original: Path, again: Path) -> list[Place]:
     return _table_difference(pd.read_parquet(original), pd.read_parquet(again))
 
@@ -188,7 +188,7 @@ _MODELS = {"model.pt.ckpt": _by_values(_read_weights), "model.pt": _by_values(_r
 _COMPARED = _JSONS | _TABLES | _MODELS | {"scaler.pkl": _by_values(_read_fitted)}
 COMPARED = tuple(_COMPARED)  # the files of a part that are compared
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #11192550
+# %% ../../nbs/workflow/55_run_differences.ipynb #cf548b01
 def _fault(folder: Path, path: str) -> str | None:
     """What is wrong with a file of a run, in words; None if the manifest vouches for it."""
     named = {item["path"]: item["sha256"] for item in read_json(folder / "manifest.json")["artifacts"].values()}
@@ -207,7 +207,7 @@ def _file_differences(original: Path, again: Path, path: str) -> list[Place]:
         return []
     return _COMPARED[path.rpartition("/")[2]](original / path, again / path)
 
-# %% ../../nbs/workflow/55_run_differences.ipynb #622ae295
+# %% ../../nbs/workflow/55_run_differences.ipynb #0761d9a2
 def compare_folders(
     original: str | Path,  # folder of a run
     again: str | Path,  # folder of the run that is to be the same

@@ -35,10 +35,7 @@ def is_running(
     except Timeout:
         return True
 
-# %% ../../nbs/workflow/49b_run_records.ipynb #50586237
-KIND = "pipeline"  # in the manifest of a run
-
-
+# %% ../../nbs/workflow/49b_run_records.ipynb #c0bd8a87
 @dataclass(frozen=True)
 class Run:
     """The folder of a run, and what its summary and its manifest say; no manifest if it has not ended."""
@@ -60,10 +57,8 @@ class Run:
     @property
     def status(self) -> str:
         """One of `kallos.data.run_index.STATUSES`."""
-        if is_running(self.folder):
-            return "running"
         told = self.summary.get("status", "running")
-        return "interrupted" if told == "running" else told
+        return "running" if is_running(self.folder) else {"running": "interrupted"}.get(told, told)
 
 # %% ../../nbs/workflow/49b_run_records.ipynb #ea522467
 def begun_at(
@@ -81,7 +76,8 @@ def part_folder(
     """The folder of the part's files."""
     return run.folder.joinpath(*part.split("/"))
 
-# %% ../../nbs/workflow/49b_run_records.ipynb #4d0958c3
+# %% ../../nbs/workflow/49b_run_records.ipynb #c368685b
+KIND = "pipeline"  # in the manifest of a run
 _SUMMARY = {"run_id": str, "status": str, "parts": dict}
 _MANIFEST = {"schema": int, "kind": str, "settings": dict, "data": dict, "artifacts": dict}
 
@@ -98,7 +94,7 @@ def _read(folder: Path, name: str, shape: Mapping[str, type]) -> dict[str, Any] 
         return None
     return data if _fits(data, shape) and data.get("kind", KIND) == KIND and data.get("schema", 1) == 1 else None
 
-
+# %% ../../nbs/workflow/49b_run_records.ipynb #21fa0ca9
 def read_run(
     folder: str | Path,  # any folder
 ) -> Run | None:
@@ -109,7 +105,7 @@ def read_run(
     summary, manifest = _read(folder, "summary.json", _SUMMARY), _read(folder, "manifest.json", _MANIFEST)
     return Run(folder, summary or {}, manifest) if summary or manifest else None
 
-# %% ../../nbs/workflow/49b_run_records.ipynb #da84869b
+# %% ../../nbs/workflow/49b_run_records.ipynb #a1f02049
 def find_runs(
     reports: str | Path,  # folder with a folder for each run
 ) -> list[Run]:
@@ -119,7 +115,7 @@ def find_runs(
     runs = [run for folder in Path(reports).iterdir() if (run := read_run(folder))]
     return sorted(runs, key=lambda run: (begun_at(run), run.run_id), reverse=True)
 
-# %% ../../nbs/workflow/49b_run_records.ipynb #0bed4fff
+# %% ../../nbs/workflow/49b_run_records.ipynb #323e4562
 def find_run_folder(
     reports: str | Path,  # folder with a folder for each run
     run_id: str,  # the id, or the beginning of one
@@ -134,7 +130,7 @@ def find_run_folder(
         raise ArtifactError("there is no such run", run_id, there)
     return known[fit[0]]
 
-# %% ../../nbs/workflow/49b_run_records.ipynb #40f255eb
+# %% ../../nbs/workflow/49b_run_records.ipynb #45dad656
 def open_run(
     reports: str | Path,  # folder with a folder for each run
     run_id: str,  # the id, or the beginning of one
@@ -150,7 +146,7 @@ def open_run(
             raise ArtifactError(f"the run has no {name}", f"{run.run_id}, {run.status}", todo)
     return run
 
-# %% ../../nbs/workflow/49b_run_records.ipynb #82f69d5c
+# %% ../../nbs/workflow/49b_run_records.ipynb #2789cb87
 def flatten(
     data: Any,  # nested dicts, and lists
     *,
