@@ -57,6 +57,10 @@ __getattr__, __dir__, __all__ = lazy(
             "audit",
             "audit_app",
         ),
+        "config_commands": (
+            "config",
+            "config_app",
+        ),
         "run_commands": (
             "dashboard",
             "run_app",
