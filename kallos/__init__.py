@@ -58,6 +58,10 @@ __getattr__, __dir__, __all__ = lazy(
             "audit",
             "audit_app",
         ),
+        "config_commands": (
+            "config",
+            "config_app",
+        ),
         "run_commands": (
             "dashboard",
             "run_app",
@@ -117,8 +121,8 @@ __getattr__, __dir__, __all__ = lazy(
         "all_commands": (
             "RunFailed",
             "RunInterrupted",
+            "all_",
             "all_app",
-            "run_all",
         ),
         "main": (
             "app",

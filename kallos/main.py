@@ -12,9 +12,11 @@ from typing import Annotated
 import typer
 
 import kallos
+from .all_commands import all_app
 from .audit_commands import audit_app
 from .backtest_commands import backtest_app
 from .bundle_commands import bundle_app
+from .config_commands import config_app
 from .core.errors import KallosError
 from .data_commands import data_app
 from .doctor_commands import doctor_app
@@ -36,10 +38,11 @@ Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupt
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
 _RESEARCH = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
-for commands in (doctor_app, *_RESEARCH, bundle_app, predict_app, serve_app, drift_app, runs_app, reproduce_app):
+_PIPELINE = (config_app, doctor_app, all_app, runs_app, reproduce_app)
+for commands in (*_PIPELINE, *_RESEARCH, bundle_app, predict_app, serve_app, drift_app):
     app.add_typer(commands)
 
-
+# %% ../nbs/60_main.ipynb #c0ffee01
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kallos {kallos.__version__}")

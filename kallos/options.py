@@ -27,6 +27,7 @@ _SHARED = {
     "replace": flag("--replace", "First delete what the asset has."),
     "allow_batch_symbols": flag("--allow-batch-symbols", "Let one command work on several instruments."),
     "seed": option(int, "Makes the result repeatable.", "0"),
+    "as_json": flag("--json", "Print JSON in the place of text."),
 }
 
 # %% ../nbs/59_options.ipynb #0ba73c9b
@@ -87,7 +88,7 @@ _RUN = {
     "horizon": option(int, "Bars ahead.", "1"),
     "device": option(str, "Where networks train: auto, cpu or cuda.", "auto"),
     "precision": option(str, "Of a network's arithmetic: auto, 32, mixed, bf16 or 16.", "auto"),
-    "config": option(Path, "YAML file of settings, as config/train.yaml; typed options win."),
+    "config": option(Path, "YAML file of settings, such as config/train.yaml; what is typed wins."),
     "exact": flag("--exact", "Train recurrent networks with PyTorch's own layers, slower by half or more."),
     "train_stride": option(int, "Bars from one training window to the next.", "1"),
     "max_samples_per_epoch": option(int, "Windows drawn anew for each epoch.", "all"),
@@ -236,14 +237,20 @@ _DASHBOARD = {
     "host": option(str, "Address to listen at.", "127.0.0.1"),
     "port": option(int, "Port to listen at.", "8080"),
 }
-_EXAMINE = {
-    "as_json": flag("--json", "Print one JSON object in the place of lines."),
-    "no_fix": flag("--no-fix", "Mend nothing: what could be mended blocks."),
-}
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
-_LATER = INFERENCE | RUNS_OPTIONS
 OPTIONS: dict[str, Any] = (
-    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | _EXAMINE | _LATER
+    _SHARED
+    | _DATA
+    | _FETCH
+    | _TABLES
+    | _RUN
+    | _TRAIN
+    | _TUNE
+    | _JUDGED
+    | _WORKERS
+    | _DASHBOARD
+    | INFERENCE
+    | RUNS_OPTIONS
 )
 
 # %% ../nbs/59_options.ipynb #15eee451
@@ -253,19 +260,33 @@ class Interrupted(KallosError):
     exit_code = 3
 
 
-def _signature(names: list[str], required: list[str]) -> inspect.Signature:
+def _signature(names: list[str], required: list[str], extra: bool) -> inspect.Signature:
     kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
     options = {name: _without_default(OPTIONS[name]) if name in required else OPTIONS[name] for name in names}
     defaults = {name: empty if name in required else None for name in names}
-    return inspect.Signature(
-        [inspect.Parameter(n, kind, default=defaults[n], annotation=option) for n, option in options.items()]
-    )
+    parameters = [inspect.Parameter(n, kind, default=defaults[n], annotation=option) for n, option in options.items()]
+    context = [inspect.Parameter(_CONTEXT, kind, annotation=typer.Context)] if extra else []
+    return inspect.Signature([*context, *parameters])
+
+
+_CONTEXT = "the_context"
 
 
 def _without_default(option: Any) -> Any:
     shown = copy(option.__metadata__[0])
     shown.show_default = False
     return Annotated[option.__origin__, shown]
+
+# %% ../nbs/59_options.ipynb #357e84a2
+_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+_ANY = "Any setting of the file can be typed: --hpo-trials 50; `kallos-run config` lists them."
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What was typed, with the words that no option takes as `settings`."""
+    context = options.pop(_CONTEXT, None)
+    words = {"settings": [*context.args]} if context is not None and context.args else {}
+    return {name: value for name, value in options.items() if value is not None and value is not False} | words
 
 # %% ../nbs/59_options.ipynb #bfff3ee6
 def command(
@@ -275,20 +296,22 @@ def command(
     required: str = "",  # those that must be typed
     example: str,  # of what is typed after the command's name
     stopped: str,  # what Ctrl-C left behind, and how to go on
+    extra: bool = False,  # hand on the words that no option takes, as given["settings"]
 ) -> Callable[[Callable], Callable]:
     """A decorator that makes a command of a function, which then receives the options that were typed."""
 
     def register(run: Callable[[dict[str, Any]], None]) -> Callable:
         def call(**options: Any) -> None:
             try:
-                run({name: value for name, value in options.items() if value is not None and value is not False})
+                run(_given(options))
             except KeyboardInterrupt:
                 raise Interrupted(f"interrupted; {stopped}") from None
 
-        call.__signature__ = _signature(names.split(), required.split())
-        call.__annotations__ = {name: OPTIONS[name] for name in names.split()}
-        typed = run.__name__.replace("_", " " if app.info.name else "-")  # runs_list is `list` of the app `runs`
-        app.command(typed.split()[-1], help=f"{run.__doc__}\n\nExample: kallos-run {typed} {example}")(call)
+        call.__signature__ = _signature(names.split(), required.split(), extra)
+        call.__annotations__ = {name: one.annotation for name, one in call.__signature__.parameters.items()}
+        typed = run.__name__.rstrip("_").replace("_", " " if app.info.name else "-")  # runs_list is `list` of `runs`
+        text = "\n\n".join([run.__doc__, *([_ANY] if extra else []), f"Example: kallos-run {typed} {example}"])
+        app.command(typed.split()[-1], help=text, context_settings=_WORDS if extra else None)(call)
         return run
 
     return register

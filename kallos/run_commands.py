@@ -20,27 +20,85 @@ if TYPE_CHECKING:
 
 run_app = typer.Typer()
 
+# %% ../nbs/59c_run_commands.ipynb #4a3280d3
+_TYPED = {"model_name": "model.name", "target_col": "labels.target_col", "horizon": "labels.horizon"}
+
+
+def _read_file(given: dict[str, Any]) -> Any:
+    """The settings of the file, with what was typed in their place; takes `config` and `settings` out of `given`."""
+    from kallos.core.config import read_feature_groups
+    from kallos.workflow.setting_words import overrides_of
+    from kallos.workflow.settings import read_settings
+
+    config, words = given.pop("config", None), given.pop("settings", [])
+    typed = overrides_of(words, also=[f"--{name.replace('_', '-')}" for name in _KNOWN])
+    if config is None:
+        raise ConfigError(f"{words[0]} is a setting of a file", next_step="Name the file with --config.")
+    typed |= {dotted: given[name] for name, dotted in _TYPED.items() if name in given}
+    if "feature_groups" in given:
+        typed["features"] = read_feature_groups(given["feature_groups"]).model_dump()
+    return read_settings(config, overrides=typed | ({"assets": [given["asset_id"]]} if "asset_id" in given else {}))
+
+# %% ../nbs/59c_run_commands.ipynb #916dac5c
+def _only(names: list[str], option: str) -> str:
+    if len(names) > 1:
+        raise ConfigError(f"the file names several: {', '.join(names)}", next_step=f"Choose one with {option}.")
+    return names[0]
+
+
+def _of_file(kind: str, given: dict[str, Any], db_url: str | None) -> dict[str, Any]:
+    """The settings that the file has for the run; takes `config` and `settings` out of `given`."""
+    from kallos.core.config import as_parameters
+    from kallos.workflow.settings import settings_of, train_settings, tune_settings
+
+    settings = _read_file(given)
+    timeframe = given.get("timeframe") or _only(settings.timeframes, "--timeframe")
+    own, where = settings_of(settings, timeframe), {"asset_id": _only(settings.assets, "--asset-id")}
+    where |= {"timeframe": timeframe, "folder": given.get("output_path", Path()), "splits": given.get("splits")}
+    if kind == "train":
+        end, _ = _extent(own, where, given, db_url)
+        return as_parameters(train_settings(own, **where, end_date=end, params_file=given["params_file"]))
+    end, n_rows = _extent(own, where, given, db_url)
+    return as_parameters(tune_settings(own, **where, end_date=end, n_rows=n_rows))
+
+# %% ../nbs/59c_run_commands.ipynb #247e35e5
+def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url: str | None) -> tuple[Any, int | None]:
+    """The boundary, and the number of rows before it; of labelled tables neither."""
+    if where["splits"]:
+        return None, None
+    from kallos.core.config import parse_moment
+    from kallos.data.store import read_features
+    from kallos.data.tables import connect
+    from kallos.workflow.settings import end_date_of
+
+    engine = connect(db_url, create=False)
+    try:
+        rows = read_features(engine, asset_id=where["asset_id"], timeframe=where["timeframe"], columns=[])["ts"]
+    finally:
+        engine.dispose()
+    end = given.get("end_date") or end_date_of(settings, rows.iloc[0], rows.iloc[-1])
+    return end, int((rows <= parse_moment(end)).sum())
+
 # %% ../nbs/59c_run_commands.ipynb #97365eca
-def _settings(kind: str, given: dict[str, Any]) -> "RunSettings":
-    from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
+def _settings(kind: str, given: dict[str, Any], db_url: str | None) -> "RunSettings":
+    from kallos.core.config import TrainSettings, TuneSettings
 
     if "splits" in given:
         from kallos.models.labelled import complete_from_splits
 
         given = complete_from_splits(given)
-    model, config = {"tune": TuneSettings, "train": TrainSettings}[kind], given.pop("config", None)
-    if config:
-        settings = settings_from_yaml(model, config, section=kind, overrides=given)
-    else:
-        settings = model.from_values(given, source="the options")
-    return settings if settings.output_path else settings.model_copy(update={"output_path": Path()})
+    model = {"tune": TuneSettings, "train": TrainSettings}[kind]
+    filed = _of_file(kind, given, db_url) if {"config", "settings"} & {*given} else {}
+    return model.from_values({"output_path": Path()} | filed | given, source="the options")
 
 
 def _params_file(given: dict[str, Any]) -> Path:
-    if "params_file" not in given:
-        todo = "Name what `kallos-run tune` wrote with --params-file, or labelled tables with --splits."
-        raise ConfigError("nothing says which parameters to train with", next_step=todo)
-    return given["params_file"]
+    if "params_file" in given:
+        return given["params_file"]
+    if "config" in given and (named := _read_file(dict(given)).hpo.params_file):
+        return named
+    todo = "Name what `kallos-run tune` wrote with --params-file, or labelled tables with --splits."
+    raise ConfigError("nothing says which parameters to train with", next_step=todo)
 
 # %% ../nbs/59c_run_commands.ipynb #76a645a8
 def _check_run(kind: str, settings: "RunSettings", db_url: str | None) -> None:
@@ -86,20 +144,22 @@ _EPOCHS = "exact train_stride max_samples_per_epoch growing_epochs gradient_clip
 _TUNE = "n_trials timeout study_name optuna_schema folds val_length train_window embargo max_epochs patience"
 _WORKERS = "early_stopping_on pruner sampler search_space n_jobs deterministic dask_scheduler gpus"
 _THE_REST = "output_path db_url no_report"
+_KNOWN = f"{_ALL_RUNS} {_TUNE} {_WORKERS} {_EPOCHS} {_THE_REST} params_file n_epochs".split()
 
-
+# %% ../nbs/59c_run_commands.ipynb #4a0623f5
 @command(
     run_app,
     f"{_ALL_RUNS} {_TUNE} {_WORKERS} {_EPOCHS} {_THE_REST}",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --n-trials 20",
     stopped="the finished trials of the study are kept, and the same command resumes it.",
+    extra=True,
 )
 def tune(
     given: dict[str, Any],  # the options that were typed
 ) -> None:
     """Search a model's hyperparameters by walk-forward validation; a study that was stopped goes on."""
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
-    settings = _settings("tune", given)
+    settings = _settings("tune", given, db_url)
     _run("tune", settings, db_url, no_report)
     _tell_tuned(settings, db_url, no_report)
 
@@ -109,6 +169,7 @@ def tune(
     f"{_ALL_RUNS} params_file n_epochs max_epochs patience {_EPOCHS} {_THE_REST}",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json",
     stopped="no model was replaced by half of another, and the same command starts again.",
+    extra=True,
 )
 def train(
     given: dict[str, Any],  # the options that were typed
@@ -120,12 +181,12 @@ def train(
         _train_on_labels(given)
         return
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
-    settings = _settings("train", merge_params(given, _params_file(given)))
+    settings = _settings("train", merge_params(given, _params_file(given)), db_url)
     _run("train", settings, db_url, no_report)
     _tell_trained(settings, no_report)
 
 # %% ../nbs/59c_run_commands.ipynb #caea662e
-_LABELS_ONLY = ("db_url", "no_report", "n_epochs", "config")
+_LABELS_ONLY = ("db_url", "no_report", "n_epochs", "config", "settings")
 
 
 def _train_on_labels(given: dict[str, Any]) -> None:

@@ -42,7 +42,6 @@ __getattr__, __dir__, __all__ = lazy(
             "project_root",
             "read_feature_groups",
             "settings_from_notebook",
-            "settings_from_yaml",
             "study_name",
         ),
         "runs": (

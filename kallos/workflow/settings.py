@@ -6,7 +6,7 @@
 __all__ = ['read_settings', 'settings_of', 'end_date_of', 'tune_settings', 'train_settings', 'evaluate_settings',
            'backtest_settings', 'data_settings']
 
-# %% ../../nbs/workflow/48_settings.ipynb #f09e55d1
+# %% ../../nbs/workflow/48_settings.ipynb #54a89555
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.columns import TIMEFRAMES
+from ..core.columns import TIMEFRAMES, timeframe_delta
 from ..core.config import FeatureGroups, TrainSettings, TuneSettings, find_file
 from ..core.errors import ConfigError
 from ..core.yaml_files import Keys, read_yaml_file
@@ -112,12 +112,13 @@ def read_settings(
     _expand(source, source.values)
     return PipelineSettings.from_places(source.values, place=source.place)
 
-# %% ../../nbs/workflow/48_settings.ipynb #a876decf
+# %% ../../nbs/workflow/48_settings.ipynb #3c1d607c
 def settings_of(
     settings: PipelineSettings,  # of a run
     timeframe: str,  # length of a bar
 ) -> PipelineSettings:
     """The settings of that timeframe alone; ConfigError if they do not go together."""
+    timeframe_delta(timeframe)  # refuses one that kallos does not know
     own = of_timeframe(settings, timeframe)
     shortest = min([*settings.timeframes, timeframe], key=TIMEFRAMES.get)
     data = own.data.model_copy(update={"files_timeframe": own.data.files_timeframe or shortest})
