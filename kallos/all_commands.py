@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 all_app = typer.Typer()
 
-# %% ../nbs/59p_all_commands.ipynb #4d8d075d
+# %% ../nbs/59p_all_commands.ipynb #80064a3f
 def _settings(given: dict[str, Any]) -> "PipelineSettings":
     from kallos.workflow.pipeline import settings_of_run
     from kallos.workflow.setting_words import overrides_of
@@ -28,7 +28,7 @@ def _settings(given: dict[str, Any]) -> "PipelineSettings":
 
     typed = overrides_of(given.get("settings", []))
     if "resume_run" in given and "config" not in given:
-        return override(settings_of_run(_reports(typed), given["resume_run"]), typed)
+        return settings_of_run(_reports(typed), given["resume_run"], overrides=typed)
     return read_settings(given.get("config"), overrides=typed)
 
 

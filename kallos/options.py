@@ -232,26 +232,9 @@ _WORKERS = {
 }
 
 # %% ../nbs/59_options.ipynb #d0c70ad1
-_DASHBOARD = {
-    "folder": option(Path, "Folder with an optuna.db, e.g. reports/BTC/1d.", "the working folder"),
-    "host": option(str, "Address to listen at.", "127.0.0.1"),
-    "port": option(int, "Port to listen at.", "8080"),
-}
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
-OPTIONS: dict[str, Any] = (
-    _SHARED
-    | _DATA
-    | _FETCH
-    | _TABLES
-    | _RUN
-    | _TRAIN
-    | _TUNE
-    | _JUDGED
-    | _WORKERS
-    | _DASHBOARD
-    | INFERENCE
-    | RUNS_OPTIONS
-)
+_RESEARCH = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE
+OPTIONS: dict[str, Any] = _RESEARCH | _JUDGED | _WORKERS | INFERENCE | RUNS_OPTIONS
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):

@@ -33,6 +33,9 @@ _RUNS = {
 
 # %% ../nbs/58c_runs_options.ipynb #c0ffee12
 _EXAMINE = {
+    "folder": option(Path, "Folder with an optuna.db, e.g. reports/BTC/1d.", "the working folder"),
+    "host": option(str, "Address to listen at.", "127.0.0.1"),
+    "port": option(int, "Port to listen at.", "8080"),
     "write": option(Path, "Write all settings with their defaults, commented, to that file."),
     "replace_file": flag("--replace", "Write over a file that is there."),
     "no_fix": flag("--no-fix", "Mend nothing: what could be mended blocks."),
