@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitCost', 'measure_fit', 'Measured', 'serve', 'measure']
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #038b57aa
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #ac6b5703
 import json
 import os
 import subprocess
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import psutil
+from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput
 
 from ..core.config import TuneSettings, as_parameters
 from ..core.errors import KallosError, TrainingError, error_from
@@ -30,6 +31,7 @@ from ..models.datasets import DartsFold, fold_from_blocks
 from ..models.fits import Fit, FitPlan, fit_fold
 from ..models.labelled import load_rows
 from ..models.validation import MOST_WINDOWS, forecast_fold
+from ..models.windows import window_batches
 
 # %% ../../nbs/workflow/50p_fit_costs.ipynb #1a25e4dd
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _clock(settings: TuneSettings) -> Callable[[], float]:
     is_network = MODELS[settings.model_name].is_network
     return time.perf_counter if is_network and choose_device(settings).accelerator == "cuda" else time.process_time
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #53caf322
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #f0fb4e20
 def _fit(fold: DartsFold, hyperparameters: dict, settings: TuneSettings, epochs: int) -> tuple[Fit, float, float]:
     """The fit, the seconds of its last epoch, and those of all else."""
     stamps, clock = [], _clock(settings)
@@ -103,12 +105,23 @@ def _fit(fold: DartsFold, hyperparameters: dict, settings: TuneSettings, epochs:
     return fit, last, max(0.0, ended - begun - epochs * last)
 
 
-def _gradient(fit: Fit) -> float:
-    """The norm of what the last batch left."""
-    parts = [float(p.grad.double().norm()) for p in fit.model.model.parameters() if p.grad is not None]
-    return float(np.linalg.norm(parts)) if parts else 0.0
+def _pass(fit: Fit, fold: DartsFold, hyperparameters: dict, settings: TuneSettings) -> tuple[float, float | None]:
+    """The loss of a batch, forward, and the norm of its gradient, backward; None for models with own windows."""
+    spec, length = MODELS[settings.model_name], hyperparameters["input_chunk_length"]
+    if spec.has_own_windows:
+        return float(fit.history["train_loss"].iloc[-1]), None
+    shape = {"input_chunk_length": length, "horizon": settings.horizon, "is_shifted": spec.is_shifted}
+    windows = window_batches(fold.train, **shape)
+    batch = windows.__getitems__(np.arange(min(hyperparameters.get("batch_size", 32), len(windows))))
+    network = fit.model.model.train()
+    inputs = (side.to(network.device) for side in (batch.past_target, batch.past_covariates))
+    said = network(PLModuleInput(*inputs, stage=ModuleStage.TRAIN)).prediction[..., 0]
+    loss = (said - batch.future_target.to(network.device)).square().mean()
+    loss.backward()
+    norms = [float(p.grad.double().norm()) for p in network.parameters() if p.grad is not None]
+    return float(loss), float(np.linalg.norm(norms)) if norms else 0.0
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #069a50f4
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #c10866fd
 def _forecast_cost(fit: Fit, fold: DartsFold, length: int, settings: TuneSettings) -> tuple[float, float]:
     """Seconds a forecast, and MiB while as many are made as are made at once."""
     clock = _clock(settings)
@@ -131,10 +144,11 @@ def _measure_network(
         fit, last, start = _fit(fold, hyperparameters, settings, 2)
     windows = batches * batch
     forecast, chunk = _forecast_cost(fit, _small_fold(table, settings, length, batch, 256), length, settings)
-    told = {"loss": float(fit.history["train_loss"].iloc[-1]), "gradient": _gradient(fit), "chunk_mb": chunk}
+    loss, gradient = _pass(fit, _small_fold(table, settings, length, batch, 8), hyperparameters, settings)
+    told = {"loss": loss, "gradient": gradient, "chunk_mb": chunk}
     return FitCost(hyperparameters, start, last / max(windows, 1), forecast, **told)
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #84077487
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #5ed91162
 def _measure_rows(table: pd.DataFrame, settings: TuneSettings, hyperparameters: dict) -> FitCost:
     length, took, clock = hyperparameters["input_chunk_length"], [], _clock(settings)
     sizes = [max(100, len(table) // 16), max(200, len(table) // 4)]
@@ -160,7 +174,7 @@ def measure_fit(
         return _measure_rows(table, settings, hyperparameters)
     return _measure_network(table, settings, hyperparameters, seconds, most)
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #ab21e7ea
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #7eb01857
 @dataclass(frozen=True)
 class Measured:
     """What the process found."""
@@ -197,7 +211,7 @@ def serve() -> None:
     answer.write(json.dumps(to_plain(found)))
     answer.flush()
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #5399b72c
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #13a33ab2
 _START = "from kallos.workflow.fit_costs import serve; serve()"
 _SMALLER = "Narrow the search space of the model, or use a machine with more memory."
 
