@@ -77,7 +77,18 @@ def _settings(given: dict[str, Any]) -> Any:
     typed = {} if given.get("config") or not given.get("asset_id") else {"assets": [given["asset_id"]]}
     return read_settings(given.get("config", Path("config/train.yaml") if not typed else None), overrides=typed)
 
-# %% ../nbs/59n_doctor_commands.ipynb #66cf66e1
+# %% ../nbs/59n_doctor_commands.ipynb #701cb3d7
+def _conclude(found: list[Any], *, as_json: bool) -> None:
+    """Prints the verdict, and leaves with 5 if it blocks."""
+    verdict = max((one.verdict for one in found), key=_VERDICTS.index)
+    if as_json:
+        _tell_json({"verdict": verdict, "parts": [one.as_json() for one in found]})
+    else:
+        typer.echo(verdict)
+    if verdict == "BLOCKED":
+        raise typer.Exit(5)
+
+# %% ../nbs/59n_doctor_commands.ipynb #0955a3a5
 @command(
     doctor_app,
     "config asset_id timeframe no_fix as_json db_url",
@@ -91,17 +102,11 @@ def preflight(
     from kallos.workflow.preflight import run_preflight
     from kallos.workflow.settings import settings_of
 
-    settings, found = _settings(given), []
+    settings, found, quiet = _settings(given), [], given.get("as_json", False)
     for asset, timeframe in _parts(settings, given):
         how = {"asset_id": asset, "timeframe": timeframe, "fix": not given.get("no_fix"), "db": given.get("db_url")}
         found.append(run_preflight(settings_of(settings, timeframe), **how))
-        if not given.get("as_json"):
+        if not quiet:
             typer.echo(f"{asset} {timeframe}")
             _tell_checks(found[-1].findings)
-    verdict = max((one.verdict for one in found), key=_VERDICTS.index)
-    if given.get("as_json"):
-        _tell_json({"verdict": verdict, "parts": [one.as_json() for one in found]})
-    else:
-        typer.echo(verdict)
-    if verdict == "BLOCKED":
-        raise typer.Exit(5)
+    _conclude(found, as_json=quiet)

@@ -63,7 +63,7 @@ class Fold:
     tested: int  # rows that are forecast
     times: float = 2.0  # how often they are: once with the best weights, once with the last
 
-
+# %% ../../nbs/workflow/50r_estimates.ipynb #7915c495
 def fold_seconds(
     cost: FitCost,  # of the model
     fold: Fold,  # its size
@@ -108,7 +108,7 @@ def study_folds(
         found.append(Fold(train - tail if inner else train, tail if inner else val, val))
     return found
 
-
+# %% ../../nbs/workflow/50r_estimates.ipynb #dfe899fc
 def tune_seconds(
     costs: list[FitCost],  # of the trials' configurations, or of some like them
     folds: list[Fold],  # of each trial
@@ -137,7 +137,7 @@ def _judging(rows: int, settings: EvaluateSettings) -> float:
     """Seconds of bootstraps and calibration, which grow with the rows."""
     return 3.0 + 2e-4 * rows * len(settings.schemes)
 
-
+# %% ../../nbs/workflow/50r_estimates.ipynb #b61d6f1c
 def evaluate_seconds(
     cost: FitCost,  # of the model that won
     schemes: dict[str, list[Fold]],  # by name
@@ -195,7 +195,7 @@ class Counts:
     schemes: dict[str, list[Fold]]
     held_out: Fold  # all rows before the end date, and those after it
 
-
+# %% ../../nbs/workflow/50r_estimates.ipynb #57d7b139
 def _of_winner(
     found: Measured, cost: FitCost, counts: Counts, settings: TuneSettings, judged: EvaluateSettings
 ) -> dict[str, float]:

@@ -22,6 +22,7 @@ import pandas as pd
 import psutil
 from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput
 
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #0eef4a98
 from ..core.config import TuneSettings, as_parameters
 from ..core.errors import KallosError, TrainingError, error_from
 from ..core.runs import mask_secrets, peak_memory_mb, seed_everything, to_plain
@@ -104,7 +105,7 @@ def _fit(fold: DartsFold, hyperparameters: dict, settings: TuneSettings, epochs:
     last = stamps[-1] - (stamps[-2] if epochs > 1 else begun)
     return fit, last, max(0.0, ended - begun - epochs * last)
 
-
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #d468f9eb
 def _pass(fit: Fit, fold: DartsFold, hyperparameters: dict, settings: TuneSettings) -> tuple[float, float | None]:
     """The loss of a batch, forward, and the norm of its gradient, backward; None for models with own windows."""
     spec, length = MODELS[settings.model_name], hyperparameters["input_chunk_length"]
@@ -124,14 +125,15 @@ def _pass(fit: Fit, fold: DartsFold, hyperparameters: dict, settings: TuneSettin
 # %% ../../nbs/workflow/50p_fit_costs.ipynb #c10866fd
 def _forecast_cost(fit: Fit, fold: DartsFold, length: int, settings: TuneSettings) -> tuple[float, float]:
     """Seconds a forecast, and MiB while as many are made as are made at once."""
-    clock = _clock(settings)
+    clock, how = _clock(settings), {"settings": settings, "input_chunk_length": length}
     with _peak() as peak:
-        begun = clock()
-        n = len(forecast_fold(fit.model, fold, settings=settings, input_chunk_length=length))
-        took = clock() - begun
+        n = len(forecast_fold(fit.model, fold, **how))
+    begun = clock()
+    forecast_fold(fit.model, fold, **how)  # the first one also warmed up
+    took = clock() - begun
     return took / n, peak.most * MOST_WINDOWS / n if MODELS[settings.model_name].is_network else peak.most
 
-
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #a9448b12
 def _measure_network(
     table: pd.DataFrame, settings: TuneSettings, hyperparameters: dict, seconds: float, most: int
 ) -> FitCost:
@@ -166,7 +168,7 @@ def measure_fit(
     settings: TuneSettings,  # model, features, target, horizon and device
     hyperparameters: dict[str, Any],  # of the model
     *,
-    seconds: float = 1.0,  # about how long an epoch of the measurement takes
+    seconds: float = 0.5,  # about how long an epoch of the measurement takes
     most: int = 16,  # batches of such an epoch; 1 takes a single step
 ) -> FitCost:
     """What a fit and a forecast cost; TrainingError if the model cannot take a step."""
@@ -199,7 +201,7 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     found = {"costs": [asdict(one) for one in costs], "largest": largest and asdict(largest), "memory_mb": held}
     return found | {"start_seconds": started, "load_seconds": loaded, "rows": len(table)}
 
-
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #86c3fc48
 def serve() -> None:
     """Measures what standard input asks for; the process that `measure` starts."""
     asked, answer = json.loads(sys.stdin.read()), os.fdopen(os.dup(1), "w")
@@ -213,6 +215,8 @@ def serve() -> None:
 
 # %% ../../nbs/workflow/50p_fit_costs.ipynb #13a33ab2
 _START = "from kallos.workflow.fit_costs import serve; serve()"
+
+
 _SMALLER = "Narrow the search space of the model, or use a machine with more memory."
 
 
@@ -222,7 +226,7 @@ def measure(
     *,
     db: Database = None,  # as for `kallos.data.database.to_url`
     largest: dict[str, Any] | None = None,  # hyperparameters that a single step is taken with
-    seconds: float = 1.0,  # about how long an epoch of a measurement takes
+    seconds: float = 0.5,  # about how long an epoch of a measurement takes
 ) -> Measured:
     """What fits cost on this machine; TrainingError if a step fails or takes more memory than there is."""
     asked = {"settings": as_parameters(settings), "configurations": configurations, "largest": largest}
@@ -235,7 +239,7 @@ def measure(
         raise TrainingError(f"the process that tried the model {ended}", next_step=_SMALLER)
     return _read(json.loads(done.stdout))
 
-
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #580d6584
 def _read(found: dict[str, Any]) -> Measured:
     if "kind" in found:
         raise error_from(found["kind"], found["message"]) or TrainingError(found["message"])

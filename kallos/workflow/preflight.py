@@ -21,6 +21,7 @@ import optuna
 import pandas as pd
 import sqlalchemy as sa
 
+# %% ../../nbs/workflow/51_preflight.ipynb #41a64975
 from ..core.config import TuneSettings
 from ..core.errors import KallosError
 from ..core.runs import derive_seed, write_json
@@ -42,7 +43,7 @@ from .row_checks import row_checks, settings_check
 from .settings import data_settings, end_date_of, evaluate_settings, tune_settings
 from .stored_checks import data_check, stored_bar_checks, stored_features_check
 
-# %% ../../nbs/workflow/51_preflight.ipynb #58dad238
+# %% ../../nbs/workflow/51_preflight.ipynb #6248c3cb
 @dataclass
 class Preflight:
     """What was found; it grows while the preflight goes on."""
@@ -63,17 +64,8 @@ class Preflight:
 
     def as_json(self) -> dict[str, Any]:
         """The whole of it, ready for JSON and free of passwords."""
-        told = {
-            "asset_id": self.asset_id,
-            "timeframe": self.timeframe,
-            "verdict": self.verdict,
-            "end_date": self.end_date,
-        }
-        return told | {
-            "findings": as_records(self.findings),
-            "estimate": self.estimate,
-            "seconds": round(self.seconds, 1),
-        }
+        named = ("asset_id", "timeframe", "verdict", "end_date", "estimate", "seconds")
+        return {name: getattr(self, name) for name in named} | {"findings": as_records(self.findings)}
 
 # %% ../../nbs/workflow/51_preflight.ipynb #492bed17
 @dataclass(frozen=True)
@@ -92,7 +84,7 @@ def _params(settings: Any, folder: Path) -> Path:
     largest = largest_configuration(MODELS[settings.model.name].space)
     return write_json(folder / "stand_in.json", {"hyperparameters": largest, "n_epochs": 1})
 
-
+# %% ../../nbs/workflow/51_preflight.ipynb #da2c0fdb
 def _asked(settings: Any, flight: Preflight, db: Database, folder: Path) -> _Asked:
     key = {"asset_id": flight.asset_id, "timeframe": flight.timeframe}
     splits, end = None, flight.end_date
@@ -107,7 +99,7 @@ def _asked(settings: Any, flight: Preflight, db: Database, folder: Path) -> _Ask
     return _Asked(tune, judged, rows, dict(MODELS[settings.model.name].space))
 
 # %% ../../nbs/workflow/51_preflight.ipynb #617a4fa4
-MOST_TIMED = 6
+MOST_TIMED = 8
 
 
 def first_configurations(
@@ -188,7 +180,7 @@ def _estimate_line(told: dict[str, Any]) -> Check:
         f"about {_time_of(told['total_seconds'])} ({span}): {steps}; {told['memory_mb']:,} MiB a process",
     )
 
-
+# %% ../../nbs/workflow/51_preflight.ipynb #9e9c5462
 def _counts(asked: _Asked, settings: Any) -> Counts:
     before = asked.rows[asked.rows.index <= asked.judged.end_date]
     study = [] if settings.hpo.skip else study_folds(before, asked.tune)
@@ -233,7 +225,7 @@ def _look_at_data(settings: Any, flight: Preflight, db: Database, fix: bool, tol
         flight.end_date = end_date_of(settings, bars["ts"].iloc[0], bars["ts"].iloc[-1])
     return flight.verdict != "BLOCKED"
 
-
+# %% ../../nbs/workflow/51_preflight.ipynb #a36d73dd
 @contextmanager
 def _open(db: Database) -> Iterator[sa.Engine]:
     engine = connect(db, create=False)
@@ -242,7 +234,7 @@ def _open(db: Database) -> Iterator[sa.Engine]:
     finally:
         engine.dispose()
 
-# %% ../../nbs/workflow/51_preflight.ipynb #88cb5a55
+# %% ../../nbs/workflow/51_preflight.ipynb #58c1b4e4
 def _look(settings: Any, flight: Preflight, db: Database, fix: bool, tolerances: Tolerances, seconds: float) -> None:
     begun = time.perf_counter()
     if not _look_at_data(settings, flight, db, fix, tolerances):
@@ -258,7 +250,7 @@ def _look(settings: Any, flight: Preflight, db: Database, fix: bool, tolerances:
         if flight.verdict != "BLOCKED":
             _look_at_model(asked, settings, flight, db, seconds)
 
-
+# %% ../../nbs/workflow/51_preflight.ipynb #b220314a
 def run_preflight(
     settings: Any,  # of one timeframe, as from `kallos.workflow.settings.settings_of`
     *,
@@ -267,7 +259,7 @@ def run_preflight(
     db: Database = None,  # as for `kallos.data.database.to_url`
     fix: bool = True,  # mend what can be mended
     tolerances: Tolerances = TOLERANCES,  # how much of a fault is borne
-    seconds: float = 1.0,  # about how long one configuration is timed
+    seconds: float = 0.5,  # about how long one configuration is timed
 ) -> Preflight:
     """The verdict, and the lines that it follows from; nothing is changed if `fix` is False."""
     flight, begun = Preflight(asset_id, timeframe), time.perf_counter()
@@ -277,5 +269,5 @@ def run_preflight(
     except KallosError as error:
         problem, _, todo = str(error).partition(". ")
         flight.findings.append(Check("settings", "BLOCKED", problem, todo or None))
-    flight.seconds = time.perf_counter() - begun
+    flight.seconds = round(time.perf_counter() - begun, 1)
     return flight

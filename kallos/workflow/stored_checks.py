@@ -57,7 +57,7 @@ def _held(db: Database, asset_id: str, timeframe: str) -> Any:
     mine = found[(found["asset_id"] == asset_id) & (found["timeframe"] == timeframe) & (found["bars"] > 0)]
     return mine.iloc[0] if len(mine) else None
 
-
+# %% ../../nbs/workflow/50n_stored_checks.ipynb #ccdbbf90
 def data_check(
     db: Database,  # as for `kallos.data.database.to_url`
     *,
@@ -81,7 +81,7 @@ def data_check(
         return Check("data", "WARN", f"{said}: more than the settings name", todo)
     return Check("data", "OK", said)
 
-# %% ../../nbs/workflow/50n_stored_checks.ipynb #9229ae4b
+# %% ../../nbs/workflow/50n_stored_checks.ipynb #abd286f3
 _MENDS = ("values", "duplicates", "stamps")
 
 
@@ -90,6 +90,23 @@ def _lines(engine: sa.Engine, names: list[str], tolerances: Tolerances, key: dic
     return [*bar_checks(bars, timeframe=key["timeframe"], names=names, tolerances=tolerances)]
 
 
+def _after_mending(
+    engine: sa.Engine,
+    found: list[Check],
+    broken: dict[str, Check],
+    key: dict[str, str],
+    again: Callable[[], list[Check]],
+) -> list[Check]:
+    try:
+        done = mend_bars(engine, **key)
+    except KallosError as error:
+        said = f"it cannot be mended here: {error}"
+        return [replace(one, text=f"{one.text}; {said}", mend=None) if one.name in broken else one for one in found]
+    where = f"the tables quarantine ({done.kept_out} rows) and repairs ({done.changed} values)"
+    fixed = lambda one: Check(one.name, "FIXED", f"{broken[one.name].text}: mended", original=where)  # noqa: E731
+    return [fixed(one) if one.name in broken and not one.is_bad else one for one in again()]
+
+# %% ../../nbs/workflow/50n_stored_checks.ipynb #0497388f
 def stored_bar_checks(
     engine: sa.Engine,  # from `kallos.data.tables.connect`
     names: list[str],  # the features of the model
@@ -105,18 +122,8 @@ def stored_bar_checks(
     broken = {one.name: one for one in found if one.is_bad and one.name in _MENDS}
     if not fix or not broken:
         return found
-    try:
-        done = mend_bars(engine, **key)
-    except KallosError as error:
-        said = f"it cannot be mended here: {error}"
-        return [replace(one, text=f"{one.text}; {said}", mend=None) if one.name in broken else one for one in found]
-    where = f"the tables quarantine ({done.kept_out} rows) and repairs ({done.changed} values)"
-    after = _lines(engine, names, tolerances, key)
-    fixed = {one.name for one in after if not one.is_bad and one.name in broken}
-    return [
-        Check(o.name, "FIXED", f"{broken[o.name].text}: mended", original=where) if o.name in fixed else o
-        for o in after
-    ]
+    again = lambda: _lines(engine, names, tolerances, key)  # noqa: E731
+    return _after_mending(engine, found, broken, key, again)
 
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #95925377
 def _fault_of(engine: sa.Engine, names: list[str], key: dict[str, str]) -> tuple[str | None, bool]:
