@@ -96,6 +96,7 @@ __getattr__, __dir__, __all__ = lazy(
         "doctor_commands": (
             "doctor",
             "doctor_app",
+            "preflight",
         ),
         "drift_commands": (
             "drift",

@@ -49,9 +49,7 @@ class BarBatch:
 
     def remove(self, moments: pd.Series) -> None:
         """Deletes the bars of these times, which are kept out from now on or will be written anew."""
-        series, stamps = [BARS.c[name] == value for name, value in self._fixed.items()], milliseconds(moments).tolist()
-        for start in range(0, len(stamps), 500):  # SQLite takes a limited number of values in one statement
-            self._connection.execute(BARS.delete().where(*series, BARS.c.ts.in_(stamps[start : start + 500])))
+        _delete_bars(self._connection, self._fixed, milliseconds(moments).tolist())
         self.report += WriteReport(changed_from=moments.min() if len(moments) else None)
 
 # %% ../../nbs/data/12_store.ipynb #1503c7d8
@@ -71,6 +69,12 @@ def _note(connection: sa.Connection, fixed: dict[str, str], **values: object) ->
     where = [SERIES.c[name] == value for name, value in fixed.items()]
     if not connection.execute(SERIES.update().where(*where).values(**values)).rowcount:
         connection.execute(SERIES.insert().values(**fixed, **values))
+
+
+def _delete_bars(connection: sa.Connection, fixed: dict[str, str], stamps: list[int]) -> None:
+    series = [BARS.c[name] == value for name, value in fixed.items()]
+    for start in range(0, len(stamps), 500):  # SQLite takes a limited number of values in one statement
+        connection.execute(BARS.delete().where(*series, BARS.c.ts.in_(stamps[start : start + 500])))
 
 # %% ../../nbs/data/12_store.ipynb #71376a51
 def _mark_stale(connection: sa.Connection, fixed: dict[str, str], changed_from: pd.Timestamp) -> None:

@@ -44,7 +44,7 @@ def inputs_of_features(
                 found.setdefault(column, []).append(name)
     return found
 
-
+# %% ../../nbs/workflow/50k_bar_checks.ipynb #a33c7313
 def columns_check(
     bars: pd.DataFrame,  # as stored
     names: list[str],  # the features of the model
@@ -151,7 +151,7 @@ def gaps_check(
     said = f"{len(gaps):,} gaps, {missing:,} bars ({share:.1%}) missing, {worst}"
     return _gaps_line(said, share, tolerances)
 
-
+# %% ../../nbs/workflow/50k_bar_checks.ipynb #2f1a99c3
 def _gaps_line(said: str, share: float, tolerances: Tolerances) -> Check:
     if share > tolerances.missing:
         todo = f"Fetch or ingest what is missing, or begin after it: at most {tolerances.missing:.0%} may be missing."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitCost', 'measure_fit', 'Measured', 'serve', 'measure']
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #038b57aa
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #ac6b5703
 import json
 import os
 import subprocess
@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import psutil
+from darts.utils.data.torch_datasets.utils import ModuleStage, PLModuleInput
 
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #0eef4a98
 from ..core.config import TuneSettings, as_parameters
 from ..core.errors import KallosError, TrainingError, error_from
 from ..core.runs import mask_secrets, peak_memory_mb, seed_everything, to_plain
@@ -30,6 +32,7 @@ from ..models.datasets import DartsFold, fold_from_blocks
 from ..models.fits import Fit, FitPlan, fit_fold
 from ..models.labelled import load_rows
 from ..models.validation import MOST_WINDOWS, forecast_fold
+from ..models.windows import window_batches
 
 # %% ../../nbs/workflow/50p_fit_costs.ipynb #1a25e4dd
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _clock(settings: TuneSettings) -> Callable[[], float]:
     is_network = MODELS[settings.model_name].is_network
     return time.perf_counter if is_network and choose_device(settings).accelerator == "cuda" else time.process_time
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #53caf322
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #f0fb4e20
 def _fit(fold: DartsFold, hyperparameters: dict, settings: TuneSettings, epochs: int) -> tuple[Fit, float, float]:
     """The fit, the seconds of its last epoch, and those of all else."""
     stamps, clock = [], _clock(settings)
@@ -102,23 +105,35 @@ def _fit(fold: DartsFold, hyperparameters: dict, settings: TuneSettings, epochs:
     last = stamps[-1] - (stamps[-2] if epochs > 1 else begun)
     return fit, last, max(0.0, ended - begun - epochs * last)
 
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #d468f9eb
+def _pass(fit: Fit, fold: DartsFold, hyperparameters: dict, settings: TuneSettings) -> tuple[float, float | None]:
+    """The loss of a batch, forward, and the norm of its gradient, backward; None for models with own windows."""
+    spec, length = MODELS[settings.model_name], hyperparameters["input_chunk_length"]
+    if spec.has_own_windows:
+        return float(fit.history["train_loss"].iloc[-1]), None
+    shape = {"input_chunk_length": length, "horizon": settings.horizon, "is_shifted": spec.is_shifted}
+    windows = window_batches(fold.train, **shape)
+    batch = windows.__getitems__(np.arange(min(hyperparameters.get("batch_size", 32), len(windows))))
+    network = fit.model.model.train()
+    inputs = (side.to(network.device) for side in (batch.past_target, batch.past_covariates))
+    said = network(PLModuleInput(*inputs, stage=ModuleStage.TRAIN)).prediction[..., 0]
+    loss = (said - batch.future_target.to(network.device)).square().mean()
+    loss.backward()
+    norms = [float(p.grad.double().norm()) for p in network.parameters() if p.grad is not None]
+    return float(loss), float(np.linalg.norm(norms)) if norms else 0.0
 
-def _gradient(fit: Fit) -> float:
-    """The norm of what the last batch left."""
-    parts = [float(p.grad.double().norm()) for p in fit.model.model.parameters() if p.grad is not None]
-    return float(np.linalg.norm(parts)) if parts else 0.0
-
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #069a50f4
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #c10866fd
 def _forecast_cost(fit: Fit, fold: DartsFold, length: int, settings: TuneSettings) -> tuple[float, float]:
     """Seconds a forecast, and MiB while as many are made as are made at once."""
-    clock = _clock(settings)
+    clock, how = _clock(settings), {"settings": settings, "input_chunk_length": length}
     with _peak() as peak:
-        begun = clock()
-        n = len(forecast_fold(fit.model, fold, settings=settings, input_chunk_length=length))
-        took = clock() - begun
+        n = len(forecast_fold(fit.model, fold, **how))
+    begun = clock()
+    forecast_fold(fit.model, fold, **how)  # the first one also warmed up
+    took = clock() - begun
     return took / n, peak.most * MOST_WINDOWS / n if MODELS[settings.model_name].is_network else peak.most
 
-
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #a9448b12
 def _measure_network(
     table: pd.DataFrame, settings: TuneSettings, hyperparameters: dict, seconds: float, most: int
 ) -> FitCost:
@@ -131,10 +146,11 @@ def _measure_network(
         fit, last, start = _fit(fold, hyperparameters, settings, 2)
     windows = batches * batch
     forecast, chunk = _forecast_cost(fit, _small_fold(table, settings, length, batch, 256), length, settings)
-    told = {"loss": float(fit.history["train_loss"].iloc[-1]), "gradient": _gradient(fit), "chunk_mb": chunk}
+    loss, gradient = _pass(fit, _small_fold(table, settings, length, batch, 8), hyperparameters, settings)
+    told = {"loss": loss, "gradient": gradient, "chunk_mb": chunk}
     return FitCost(hyperparameters, start, last / max(windows, 1), forecast, **told)
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #84077487
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #5ed91162
 def _measure_rows(table: pd.DataFrame, settings: TuneSettings, hyperparameters: dict) -> FitCost:
     length, took, clock = hyperparameters["input_chunk_length"], [], _clock(settings)
     sizes = [max(100, len(table) // 16), max(200, len(table) // 4)]
@@ -152,7 +168,7 @@ def measure_fit(
     settings: TuneSettings,  # model, features, target, horizon and device
     hyperparameters: dict[str, Any],  # of the model
     *,
-    seconds: float = 1.0,  # about how long an epoch of the measurement takes
+    seconds: float = 0.5,  # about how long an epoch of the measurement takes
     most: int = 16,  # batches of such an epoch; 1 takes a single step
 ) -> FitCost:
     """What a fit and a forecast cost; TrainingError if the model cannot take a step."""
@@ -160,7 +176,7 @@ def measure_fit(
         return _measure_rows(table, settings, hyperparameters)
     return _measure_network(table, settings, hyperparameters, seconds, most)
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #ab21e7ea
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #7eb01857
 @dataclass(frozen=True)
 class Measured:
     """What the process found."""
@@ -185,7 +201,7 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     found = {"costs": [asdict(one) for one in costs], "largest": largest and asdict(largest), "memory_mb": held}
     return found | {"start_seconds": started, "load_seconds": loaded, "rows": len(table)}
 
-
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #86c3fc48
 def serve() -> None:
     """Measures what standard input asks for; the process that `measure` starts."""
     asked, answer = json.loads(sys.stdin.read()), os.fdopen(os.dup(1), "w")
@@ -197,8 +213,10 @@ def serve() -> None:
     answer.write(json.dumps(to_plain(found)))
     answer.flush()
 
-# %% ../../nbs/workflow/50p_fit_costs.ipynb #5399b72c
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #13a33ab2
 _START = "from kallos.workflow.fit_costs import serve; serve()"
+
+
 _SMALLER = "Narrow the search space of the model, or use a machine with more memory."
 
 
@@ -208,7 +226,7 @@ def measure(
     *,
     db: Database = None,  # as for `kallos.data.database.to_url`
     largest: dict[str, Any] | None = None,  # hyperparameters that a single step is taken with
-    seconds: float = 1.0,  # about how long an epoch of a measurement takes
+    seconds: float = 0.5,  # about how long an epoch of a measurement takes
 ) -> Measured:
     """What fits cost on this machine; TrainingError if a step fails or takes more memory than there is."""
     asked = {"settings": as_parameters(settings), "configurations": configurations, "largest": largest}
@@ -221,7 +239,7 @@ def measure(
         raise TrainingError(f"the process that tried the model {ended}", next_step=_SMALLER)
     return _read(json.loads(done.stdout))
 
-
+# %% ../../nbs/workflow/50p_fit_costs.ipynb #580d6584
 def _read(found: dict[str, Any]) -> Measured:
     if "kind" in found:
         raise error_from(found["kind"], found["message"]) or TrainingError(found["message"])

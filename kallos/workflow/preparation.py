@@ -106,7 +106,7 @@ def prepare_bars(
     finally:
         engine.dispose()
 
-
+# %% ../../nbs/workflow/49_preparation.ipynb #c6c0b186
 def _nothing(asset_id: str, timeframe: str, stored: list[str]) -> DataError:
     there = f", only in {', '.join(stored)}" if stored else ""
     todo = "Name files in the section data of the settings, or run `kallos-run ingest` or `kallos-run fetch`."

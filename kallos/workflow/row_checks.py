@@ -64,7 +64,7 @@ def _moves(rows: pd.DataFrame, settings: TuneSettings) -> pd.Series:
         return np.sign(rows[settings.target_col].dropna())
     return np.sign(np.log(rows["close"]).diff(settings.horizon).dropna())
 
-
+# %% ../../nbs/workflow/50m_row_checks.ipynb #3e8c1a27
 def target_check(
     rows: pd.DataFrame,  # with close and target
     settings: TuneSettings,  # target and horizon
@@ -120,7 +120,7 @@ def folds_check(
     said = f"{len(bounds)} folds of {tested:,} rows, after {train[0]:,} to {train[-1]:,} rows to train on"
     return Check("folds", "OK", said)
 
-
+# %% ../../nbs/workflow/50m_row_checks.ipynb #ee461ee5
 def held_out_check(
     rows: pd.DataFrame,  # all, by `ts`
     settings: FoldSettings,  # end date and horizon
