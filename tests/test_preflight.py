@@ -1,4 +1,4 @@
-"""Preflight: every line about data, settings and model is made to fail once, and what mends itself is mended and kept."""
+"""Preflight: every line about data, settings and model is made to fail once; what mends itself is mended and kept."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import sqlalchemy as sa
 
+from kallos.data.features import unregister
 from kallos.data.mending import mend_bars
 from kallos.data.records import read_quarantine
 from kallos.data.sample import sample_bars
@@ -34,7 +35,7 @@ MEASURED = Measured([COST], None, 5.0, 0.1, 1000, 700.0)
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
     """The measurement needs a process of its own, which only the tests about it wait for."""
-    if "measured" not in request.keywords:
+    if "slow" not in request.keywords:
         monkeypatch.setattr(module, "measure", lambda *_, **__: MEASURED)
 
 
@@ -135,9 +136,17 @@ def test_a_column_that_a_feature_reads_is_missed(url):
     assert lines(flown(url, features))["columns"].status == "WARN"
 
 
-def test_an_unknown_feature_blocks(url):
-    flight = flown(url, {"features": {"bounded_features": ["no_such"]}})
+def test_a_feature_that_an_own_file_does_not_register_blocks(url, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from kallos.data.features import feature\n"
+        "@feature('unbounded_features', inputs=['close'])\n"
+        "def registered_here(columns):\n"
+        "    return columns['close']\n"
+    )
+    flight = flown(url, {"features": {"bounded_features": ["no_such"]}, "data.own_features": str(own)})
     assert flight.verdict == "BLOCKED" and "no_such" in lines(flight)["settings"].text
+    unregister("registered_here")
 
 
 def test_gaps_are_warned_of_and_block(url):
@@ -230,14 +239,14 @@ def test_a_model_larger_than_the_memory_blocks(url, monkeypatch):
     assert lines(flown(url))["memory"].status == "BLOCKED"
 
 
-@pytest.mark.measured
+@pytest.mark.slow
 def test_a_network_goes_one_step_and_is_priced(url):
     flight = flown(url, {"model.name": "gru", "hpo.trials": 1}, seconds=0.1)
     assert flight.verdict == "OK_TO_TRAIN" and "forward and backward" in lines(flight)["step"].text
     assert flight.estimate["memory_mb"] > 300 and flight.estimate["seconds"]["tune"] > 1
 
 
-@pytest.mark.measured
+@pytest.mark.slow
 def test_the_command_ends_with_the_verdict(url, tmp_path):
     command = [sys.executable, "-c", "from kallos.main import main; main()", "preflight", "--config", "run.yaml"]
     (tmp_path / "run.yaml").write_text(
