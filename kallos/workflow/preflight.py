@@ -22,6 +22,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 # %% ../../nbs/workflow/51_preflight.ipynb #41a64975
+from ..core.columns import timeframe_delta
 from ..core.config import TuneSettings
 from ..core.errors import KallosError
 from ..core.runs import derive_seed, write_json
@@ -30,7 +31,7 @@ from ..data.store import read_bars
 from ..data.tables import connect
 from ..evaluation.evaluation_settings import EvaluateSettings
 from ..evaluation.held_out import load_all_rows
-from ..models.architectures import MODELS, longest_input
+from ..models.architectures import MODELS, longest_input, space_of
 from ..models.parameters import read_params
 from ..models.tables import build_tables
 from .bar_checks import TOLERANCES, Tolerances
@@ -78,11 +79,11 @@ class _Asked:
     space: dict[str, Any]  # hyperparameter -> distribution
 
 
-def _params(settings: Any, folder: Path) -> Path:
+def _params(settings: Any, space: dict[str, Any], folder: Path) -> Path:
     if settings.hpo.skip and settings.hpo.params_file:
         return settings.hpo.params_file
-    largest = largest_configuration(MODELS[settings.model.name].space)
-    return write_json(folder / "stand_in.json", {"hyperparameters": largest, "n_epochs": 1})
+    stand_in = {"hyperparameters": largest_configuration(space), "n_epochs": 1}
+    return write_json(folder / "stand_in.json", stand_in)
 
 # %% ../../nbs/workflow/51_preflight.ipynb #da2c0fdb
 def _asked(settings: Any, flight: Preflight, db: Database, folder: Path) -> _Asked:
@@ -92,11 +93,11 @@ def _asked(settings: Any, flight: Preflight, db: Database, folder: Path) -> _Ask
         made = data_settings(settings, **key, end_date=end, folder=folder / "tables")
         splits, end = build_tables(made, db=db).folder, None
     how = key | {"end_date": end, "folder": folder, "splits": splits}
-    judged = evaluate_settings(settings, **how, params_file=_params(settings, folder))
+    space = space_of(tune_settings(settings, **how))
+    judged = evaluate_settings(settings, **how, params_file=_params(settings, space, folder))
     rows = load_all_rows(judged, db)
     seen = int((rows.index <= judged.end_date).sum())
-    tune = tune_settings(settings, **how, n_rows=None if splits else seen)
-    return _Asked(tune, judged, rows, dict(MODELS[settings.model.name].space))
+    return _Asked(tune_settings(settings, **how, n_rows=None if splits else seen), judged, rows, space)
 
 # %% ../../nbs/workflow/51_preflight.ipynb #617a4fa4
 MOST_TIMED = 8
@@ -222,7 +223,9 @@ def _look_at_data(settings: Any, flight: Preflight, db: Database, fix: bool, tol
             return False
         flight.findings.append(stored_features_check(engine, names, db=db, **key, own_features=own, fix=fix))
         bars = read_bars(engine, **key)
-        flight.end_date = end_date_of(settings, bars["ts"].iloc[0], bars["ts"].iloc[-1])
+        flight.end_date = end_date_of(
+            settings, bars["ts"].iloc[0], bars["ts"].iloc[-1] + timeframe_delta(flight.timeframe)
+        )
     return flight.verdict != "BLOCKED"
 
 # %% ../../nbs/workflow/51_preflight.ipynb #a36d73dd
@@ -242,7 +245,7 @@ def _look(settings: Any, flight: Preflight, db: Database, fix: bool, tolerances:
     with tempfile.TemporaryDirectory(prefix="kallos-") as folder:
         asked = _asked(settings, flight, db, Path(folder))
         flight.findings.append(attempt("settings", lambda: settings_check(asked.tune), status="BLOCKED"))
-        window = longest_input(asked.tune.model_name)
+        window = longest_input(asked.tune)
         flight.findings += row_checks(
             asked.rows, asked.tune, judged=asked.judged, lookback=window, tolerances=tolerances
         )
