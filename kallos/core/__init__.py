@@ -75,6 +75,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "loss_guards": (
             "DIVERGED",
+            "DIVERGED_AT_FIRST",
             "LossWatch",
             "loss_guard",
             "unfit_inputs",
