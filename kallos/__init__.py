@@ -34,6 +34,10 @@ __getattr__, __dir__, __all__ = lazy(
             "many",
             "option",
         ),
+        "filed_settings": (
+            "file_settings",
+            "filed_values",
+        ),
         "inference_options": ("INFERENCE",),
         "options": (
             "Interrupted",

@@ -7,7 +7,8 @@ __all__ = ['OPTIONS', 'Interrupted', 'command', 'tell_next', 'tell_chosen']
 
 # %% ../nbs/59_options.ipynb #13f56a17
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any
@@ -263,7 +264,7 @@ def _without_default(option: Any) -> Any:
 
 # %% ../nbs/59_options.ipynb #357e84a2
 _WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
-_ANY = "Any setting of the file can be typed: --hpo-trials 50; `kallos-run config` lists them."
+_ANY = "\n\nAny setting of the file can be typed: --hpo-trials 50; `kallos-run config` lists them."
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -271,6 +272,15 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     context = options.pop(_CONTEXT, None)
     words = {"settings": [*context.args]} if context is not None and context.args else {}
     return {name: value for name, value in options.items() if value is not None and value is not False} | words
+
+
+@contextmanager
+def _stoppable(stopped: str) -> Iterator[None]:
+    """Turns Ctrl-C into a message that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {stopped}") from None
 
 # %% ../nbs/59_options.ipynb #bfff3ee6
 def command(
@@ -286,15 +296,13 @@ def command(
 
     def register(run: Callable[[dict[str, Any]], None]) -> Callable:
         def call(**options: Any) -> None:
-            try:
+            with _stoppable(stopped):
                 run(_given(options))
-            except KeyboardInterrupt:
-                raise Interrupted(f"interrupted; {stopped}") from None
 
         call.__signature__ = _signature(names.split(), required.split(), extra)
         call.__annotations__ = {name: one.annotation for name, one in call.__signature__.parameters.items()}
         name = run.__name__.replace("_", "-")
-        text = "\n\n".join([run.__doc__, *([_ANY] if extra else []), f"Example: kallos-run {name} {example}"])
+        text = f"{run.__doc__}{_ANY if extra else ''}\n\nExample: kallos-run {name} {example}"
         app.command(name, help=text, context_settings=_WORDS if extra else None)(call)
         return run
 
