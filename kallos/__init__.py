@@ -39,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy(
             "filed_values",
         ),
         "inference_options": ("INFERENCE",),
+        "data_options": ("DATA",),
         "options": (
             "Interrupted",
             "OPTIONS",

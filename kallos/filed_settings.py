@@ -15,7 +15,7 @@ from .core.errors import ConfigError
 if TYPE_CHECKING:
     from kallos.workflow.settings import PipelineSettings
 
-# %% ../nbs/58c_filed_settings.ipynb #2fd752a5
+# %% ../nbs/58c_filed_settings.ipynb #a72d9311
 _TYPED = {"model_name": "model.name", "target_col": "labels.target_col", "horizon": "labels.horizon"}
 
 
@@ -36,13 +36,11 @@ def file_settings(
     if "config" not in given:
         raise ConfigError(f"{words[0]} is a setting of a file", next_step="Name the file with --config.")
     typed |= {dotted: given[name] for name, dotted in _TYPED.items() if name in given}
+    if "asset_id" in given:
+        typed["assets"] = [given["asset_id"]]
     if "feature_groups" in given:
         typed["features"] = read_feature_groups(given["feature_groups"]).model_dump()
-    return read_settings(given["config"], overrides=typed | _asset(given))
-
-
-def _asset(given: dict[str, Any]) -> dict[str, Any]:
-    return {"assets": [given["asset_id"]]} if "asset_id" in given else {}
+    return read_settings(given["config"], overrides=typed)
 
 # %% ../nbs/58c_filed_settings.ipynb #28ed6e30
 def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url: str | None) -> tuple[Any, int | None]:
@@ -65,13 +63,13 @@ def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url:
         raise ConfigError(f"end_date: {error}", given["end_date"]) from None
     return end, int((rows <= end).sum())
 
-# %% ../nbs/58c_filed_settings.ipynb #bd5c0988
+# %% ../nbs/58c_filed_settings.ipynb #ccf125fc
 def _only(names: list[str], option: str) -> str:
     if len(names) > 1:
         raise ConfigError(f"the file names several: {', '.join(names)}", next_step=f"Choose one with {option}.")
     return names[0]
 
-
+# %% ../nbs/58c_filed_settings.ipynb #e54d4b24
 def filed_values(
     kind: str,  # "tune" or "train"
     given: dict[str, Any],  # the options that were typed, as for `file_settings`; for train with params_file
@@ -79,7 +77,7 @@ def filed_values(
     db_url: str | None,  # the database, as it was typed
     also: Iterable[str] = (),  # keys of the command's options
 ) -> dict[str, Any]:
-    """What the file says about the run, as values of its settings; ConfigError or DataError where that is not enough."""
+    """What the file says about the run, as values of its settings; ConfigError or DataError where it says too little."""
     from kallos.core.config import as_parameters
     from kallos.workflow.settings import settings_of, train_settings, tune_settings
 

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from .core.errors import KallosError
+from .data_options import DATA
 from .inference_options import INFERENCE
-from .option_kinds import flag, many, option
+from .option_kinds import flag, option
 
 # %% ../nbs/59_options.ipynb #3ad72c9b
 _SHARED = {
@@ -27,55 +28,6 @@ _SHARED = {
     "replace": flag("--replace", "First delete what the asset has."),
     "allow_batch_symbols": flag("--allow-batch-symbols", "Let one command work on several instruments."),
     "seed": option(int, "Makes the result repeatable.", "0"),
-}
-
-# %% ../nbs/59_options.ipynb #0ba73c9b
-_FILES = "Files, folders or globs: CSV, Parquet, Feather, JSON, zipped or not."
-_DATA = {
-    "files": Annotated[list[Path] | None, typer.Argument(help=_FILES, show_default="all in data/raw")],
-    "venue": option(str, "Where it is traded, e.g. binance.", "not told"),
-    "market": option(str, "spot, perpetual, ...", "spot"),
-    "quote": option(str, "The asset that prices are in, e.g. USDT."),
-    "mapping": many("--map", "Read a column of kallos from that column of the file, e.g. volume=volume_btc."),
-    "fill_gaps": flag("--fill-gaps", "Fill gaps with flat bars, marked, that are never trained on or traded."),
-    "drop_last": flag("--drop-last", "Keep the last bar out: the file ends before it closed."),
-    "start": option(str, "No bar opens before.", "2018-01-01"),
-    "end": option(str, "Last day, included.", "2025-12-31"),
-    "signal": option(float, "What can be predicted: autocorrelation of returns; 0 is a martingale.", "0.2"),
-}
-_FETCH = {
-    "exchange": option(str, "An exchange that ccxt knows, e.g. binance."),
-    "symbols": many("--symbol", "Pair in ccxt's spelling: BTC/USDT is spot, BTC/USDT:USDT a perpetual."),
-    "timeframes": many("--timeframe", "Length of a bar, e.g. 1h.", "1d"),
-    "since": option(str, "The first bar opens then, UTC; later runs go on from the last stored bar."),
-    "until": option(str, "Only bars that have closed by then, UTC.", "now"),
-    "funding": flag("--funding", "Fetch funding rates of perpetuals too."),
-    "exchange_url": option(str, "A mirror or test server in the place of the exchange.", "the exchange's own"),
-}
-
-# %% ../nbs/59_options.ipynb #50fd8358
-_TABLES = {
-    "full": flag("--full", "Compute all rows again, not only what new bars concern."),
-    "own_features": option(
-        Path, "Python file that registers your own features; it is run. `data` uses those that --feature-groups names."
-    ),
-    "bars_start": option(str, "No bar opens before, UTC.", "the first bar", name="--start"),
-    "bars_end": option(str, "Every bar has closed by then, UTC.", "the last bar", name="--end"),
-    "horizons": option(str, "Bars ahead, a set of labels each.", "1,5,20"),
-    "labels": option(str, "triple_barrier or forward_return.", "triple_barrier"),
-    "profit_taking": option(float, "Upper barrier, in units of volatility.", "1.0"),
-    "stop_loss": option(float, "Lower barrier, in units of volatility.", "1.0"),
-    "volatility_window": option(int, "Bars in which the barriers' unit is measured.", "100"),
-    "weighting": option(str, "What makes a row count: uniqueness or return_attribution.", "uniqueness"),
-    "oldest_weight": option(float, "Factor of the oldest row's weight; 1 is no decay.", "1.0"),
-    "train_end": option(str, "The last moment that training may see, UTC.", "by shares"),
-    "train_share": option(float, "Share of the rows to train on.", "0.7"),
-    "val_share": option(float, "Share of the rows to validate on; the rest is test.", "0.15"),
-    "tables_path": option(Path, "Folder of the tables.", "data/splits/{asset}_{timeframe}", name="--output-path"),
-    "features": option(str, "Features to try, with commas between.", "all that are registered"),
-    "probes": option(str, "Probes to run, with commas between.", "all"),
-    "tables_folder": option(Path, "Try the tables that `data` left here.", "tables made in memory", name="--tables"),
-    "report": option(Path, "JSON file for the findings."),
 }
 
 # %% ../nbs/59_options.ipynb #dcdf5c18
@@ -235,7 +187,7 @@ _DASHBOARD = {
 }
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
 OPTIONS: dict[str, Any] = (
-    _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | _SETTINGS | INFERENCE
+    _SHARED | DATA | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | _SETTINGS | INFERENCE
 )
 
 # %% ../nbs/59_options.ipynb #15eee451
