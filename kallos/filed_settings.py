@@ -15,7 +15,7 @@ from .core.errors import ConfigError
 if TYPE_CHECKING:
     from kallos.workflow.settings import PipelineSettings
 
-# %% ../nbs/58c_filed_settings.ipynb #a72d9311
+# %% ../nbs/58c_filed_settings.ipynb #1b36dc92
 _TYPED = {"model_name": "model.name", "target_col": "labels.target_col", "horizon": "labels.horizon"}
 
 
@@ -31,10 +31,9 @@ def file_settings(
     from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import read_settings
 
-    words = given.get("settings", [])
-    typed = overrides_of(words, also=[f"--{name.replace('_', '-')}" for name in also])
+    typed = overrides_of(given.get("settings", []), also=[f"--{name.replace('_', '-')}" for name in also])
     if "config" not in given:
-        raise ConfigError(f"{words[0]} is a setting of a file", next_step="Name the file with --config.")
+        raise ConfigError(f"{given['settings'][0]} is a setting of a file", next_step="Name the file with --config.")
     typed |= {dotted: given[name] for name, dotted in _TYPED.items() if name in given}
     if "asset_id" in given:
         typed["assets"] = [given["asset_id"]]
@@ -69,7 +68,7 @@ def _only(names: list[str], option: str) -> str:
         raise ConfigError(f"the file names several: {', '.join(names)}", next_step=f"Choose one with {option}.")
     return names[0]
 
-# %% ../nbs/58c_filed_settings.ipynb #e54d4b24
+# %% ../nbs/58c_filed_settings.ipynb #8817c6cb
 def filed_values(
     kind: str,  # "tune" or "train"
     given: dict[str, Any],  # the options that were typed, as for `file_settings`; for train with params_file
@@ -77,7 +76,7 @@ def filed_values(
     db_url: str | None,  # the database, as it was typed
     also: Iterable[str] = (),  # keys of the command's options
 ) -> dict[str, Any]:
-    """What the file says about the run, as values of its settings; ConfigError or DataError where it says too little."""
+    """What the file says about the run, as values of its settings; ConfigError where it says too little."""
     from kallos.core.config import as_parameters
     from kallos.workflow.settings import settings_of, train_settings, tune_settings
 
