@@ -154,20 +154,18 @@ def _shared(s: PipelineSettings, known: dict[str, Any], splits: Path | None) -> 
         values = complete_from_splits(values)
     return values
 
-# %% ../../nbs/workflow/48_settings.ipynb #a16adc94
+# %% ../../nbs/workflow/48_settings.ipynb #2f5fc304
 _TRAINING = """device precision exact gradient_clip batch_size train_stride max_samples_per_epoch
 growing_epochs""".split()  # noqa: SIM905
 
 
-def _val_length(s: PipelineSettings, n_rows: int | None) -> int | None:
+def _val_length(study: TuneSettings, share: float, n_rows: int) -> int:
     """Rows that a fold validates, as the share asks for and the folds have room for."""
-    if n_rows is None:
-        return None
-    least, folds = longest_input(s.model.name) + s.labels.horizon, s.split.folds
-    room = n_rows - 2 * least - s.labels.horizon - s.split.embargo
-    return max(least, min(room, int(n_rows * s.split.val_share)) // folds)
+    least = longest_input(study.model_name) + study.horizon
+    room = n_rows - 2 * least - study.horizon - study.embargo
+    return max(least, min(room, int(n_rows * share)) // study.folds)
 
-# %% ../../nbs/workflow/48_settings.ipynb #657597be
+# %% ../../nbs/workflow/48_settings.ipynb #42973315
 def tune_settings(
     settings: PipelineSettings,  # of one timeframe
     *,
@@ -180,11 +178,13 @@ def tune_settings(
 ) -> TuneSettings:
     """The study's settings."""
     s, known = settings, {"asset_id": asset_id, "timeframe": timeframe, "end_date": end_date}
-    values = _shared(s, known, splits) | {"n_trials": s.hpo.trials, "val_length": _val_length(s, n_rows)}
+    values = _shared(s, known, splits) | {"n_trials": s.hpo.trials, "search_space": s.model.search_space}
     values |= {name: getattr(s.hpo, name) for name in _HPO} | {name: getattr(s.split, name) for name in _SPLIT}
     values |= {name: getattr(s.workers, name) for name in ("n_jobs", "dask_scheduler", "gpus")}
     values |= {"max_epochs": s.training.max_epochs, "patience": s.training.patience, "output_path": folder}
-    return TuneSettings.from_values(values | {"search_space": s.model.search_space}, source="the study")
+    study = TuneSettings.from_values(values, source="the study")
+    length = None if n_rows is None else _val_length(study, s.split.val_share, n_rows)
+    return study.model_copy(update={"val_length": length})
 
 
 _HPO = "timeout sampler pruner deterministic early_stopping_on optuna_schema".split()  # noqa: SIM905
