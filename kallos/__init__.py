@@ -129,5 +129,10 @@ __getattr__, __dir__, __all__ = lazy(
             "app",
             "main",
         ),
+        "filed_settings": (
+            "file_settings",
+            "filed_values",
+        ),
+        "data_options": ("DATA",),
     },
 )

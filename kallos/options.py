@@ -7,7 +7,8 @@ __all__ = ['OPTIONS', 'Interrupted', 'command', 'tell_next', 'tell_chosen']
 
 # %% ../nbs/59_options.ipynb #13f56a17
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +16,14 @@ from typing import Annotated, Any
 import typer
 
 from .core.errors import KallosError
+from .data_options import DATA
 from .inference_options import INFERENCE
+<<<<<<< HEAD
 from .option_kinds import flag, many, option
 from .runs_options import RUNS_OPTIONS
+=======
+from .option_kinds import flag, option
+>>>>>>> a
 
 # %% ../nbs/59_options.ipynb #3ad72c9b
 _SHARED = {
@@ -28,55 +34,6 @@ _SHARED = {
     "allow_batch_symbols": flag("--allow-batch-symbols", "Let one command work on several instruments."),
     "seed": option(int, "Makes the result repeatable.", "0"),
     "as_json": flag("--json", "Print JSON in the place of text."),
-}
-
-# %% ../nbs/59_options.ipynb #0ba73c9b
-_FILES = "Files, folders or globs: CSV, Parquet, Feather, JSON, zipped or not."
-_DATA = {
-    "files": Annotated[list[Path] | None, typer.Argument(help=_FILES, show_default="all in data/raw")],
-    "venue": option(str, "Where it is traded, e.g. binance.", "not told"),
-    "market": option(str, "spot, perpetual, ...", "spot"),
-    "quote": option(str, "The asset that prices are in, e.g. USDT."),
-    "mapping": many("--map", "Read a column of kallos from that column of the file, e.g. volume=volume_btc."),
-    "fill_gaps": flag("--fill-gaps", "Fill gaps with flat bars, marked, that are never trained on or traded."),
-    "drop_last": flag("--drop-last", "Keep the last bar out: the file ends before it closed."),
-    "start": option(str, "No bar opens before.", "2018-01-01"),
-    "end": option(str, "Last day, included.", "2025-12-31"),
-    "signal": option(float, "What can be predicted: autocorrelation of returns; 0 is a martingale.", "0.2"),
-}
-_FETCH = {
-    "exchange": option(str, "An exchange that ccxt knows, e.g. binance."),
-    "symbols": many("--symbol", "Pair in ccxt's spelling: BTC/USDT is spot, BTC/USDT:USDT a perpetual."),
-    "timeframes": many("--timeframe", "Length of a bar, e.g. 1h.", "1d"),
-    "since": option(str, "The first bar opens then, UTC; later runs go on from the last stored bar."),
-    "until": option(str, "Only bars that have closed by then, UTC.", "now"),
-    "funding": flag("--funding", "Fetch funding rates of perpetuals too."),
-    "exchange_url": option(str, "A mirror or test server in the place of the exchange.", "the exchange's own"),
-}
-
-# %% ../nbs/59_options.ipynb #50fd8358
-_TABLES = {
-    "full": flag("--full", "Compute all rows again, not only what new bars concern."),
-    "own_features": option(
-        Path, "Python file that registers your own features; it is run. `data` uses those that --feature-groups names."
-    ),
-    "bars_start": option(str, "No bar opens before, UTC.", "the first bar", name="--start"),
-    "bars_end": option(str, "Every bar has closed by then, UTC.", "the last bar", name="--end"),
-    "horizons": option(str, "Bars ahead, a set of labels each.", "1,5,20"),
-    "labels": option(str, "triple_barrier or forward_return.", "triple_barrier"),
-    "profit_taking": option(float, "Upper barrier, in units of volatility.", "1.0"),
-    "stop_loss": option(float, "Lower barrier, in units of volatility.", "1.0"),
-    "volatility_window": option(int, "Bars in which the barriers' unit is measured.", "100"),
-    "weighting": option(str, "What makes a row count: uniqueness or return_attribution.", "uniqueness"),
-    "oldest_weight": option(float, "Factor of the oldest row's weight; 1 is no decay.", "1.0"),
-    "train_end": option(str, "The last moment that training may see, UTC.", "by shares"),
-    "train_share": option(float, "Share of the rows to train on.", "0.7"),
-    "val_share": option(float, "Share of the rows to validate on; the rest is test.", "0.15"),
-    "tables_path": option(Path, "Folder of the tables.", "data/splits/{asset}_{timeframe}", name="--output-path"),
-    "features": option(str, "Features to try, with commas between.", "all that are registered"),
-    "probes": option(str, "Probes to run, with commas between.", "all"),
-    "tables_folder": option(Path, "Try the tables that `data` left here.", "tables made in memory", name="--tables"),
-    "report": option(Path, "JSON file for the findings."),
 }
 
 # %% ../nbs/59_options.ipynb #dcdf5c18
@@ -233,8 +190,14 @@ _WORKERS = {
 
 # %% ../nbs/59_options.ipynb #d0c70ad1
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
+<<<<<<< HEAD
 _RESEARCH = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE
 OPTIONS: dict[str, Any] = _RESEARCH | _JUDGED | _WORKERS | INFERENCE | RUNS_OPTIONS
+=======
+OPTIONS: dict[str, Any] = (
+    _SHARED | DATA | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | _SETTINGS | INFERENCE
+)
+>>>>>>> a
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):
@@ -262,7 +225,7 @@ def _without_default(option: Any) -> Any:
 
 # %% ../nbs/59_options.ipynb #357e84a2
 _WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
-_ANY = "Any setting of the file can be typed: --hpo-trials 50; `kallos-run config` lists them."
+_ANY = "\n\nAny setting of the file can be typed: --hpo-trials 50; `kallos-run config` lists them."
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -270,6 +233,15 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     context = options.pop(_CONTEXT, None)
     words = {"settings": [*context.args]} if context is not None and context.args else {}
     return {name: value for name, value in options.items() if value is not None and value is not False} | words
+
+
+@contextmanager
+def _stoppable(stopped: str) -> Iterator[None]:
+    """Turns Ctrl-C into a message that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {stopped}") from None
 
 # %% ../nbs/59_options.ipynb #bfff3ee6
 def command(
@@ -285,16 +257,20 @@ def command(
 
     def register(run: Callable[[dict[str, Any]], None]) -> Callable:
         def call(**options: Any) -> None:
-            try:
+            with _stoppable(stopped):
                 run(_given(options))
-            except KeyboardInterrupt:
-                raise Interrupted(f"interrupted; {stopped}") from None
 
         call.__signature__ = _signature(names.split(), required.split(), extra)
         call.__annotations__ = {name: one.annotation for name, one in call.__signature__.parameters.items()}
+<<<<<<< HEAD
         typed = run.__name__.rstrip("_").replace("_", " " if app.info.name else "-")  # runs_list is `list` of `runs`
         text = "\n\n".join([run.__doc__, *([_ANY] if extra else []), f"Example: kallos-run {typed} {example}"])
         app.command(typed.split()[-1], help=text, context_settings=_WORDS if extra else None)(call)
+=======
+        name = run.__name__.replace("_", "-")
+        text = f"{run.__doc__}{_ANY if extra else ''}\n\nExample: kallos-run {name} {example}"
+        app.command(name, help=text, context_settings=_WORDS if extra else None)(call)
+>>>>>>> a
         return run
 
     return register

@@ -13,71 +13,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .core.errors import ConfigError, DataError
+from .filed_settings import file_settings, filed_values
 from .options import command, tell_next
 
 if TYPE_CHECKING:
     from kallos.core.config import RunSettings
 
 run_app = typer.Typer()
-
-# %% ../nbs/59c_run_commands.ipynb #4a3280d3
-_TYPED = {"model_name": "model.name", "target_col": "labels.target_col", "horizon": "labels.horizon"}
-
-
-def _read_file(given: dict[str, Any]) -> Any:
-    """The settings of the file, with what was typed in their place; takes `config` and `settings` out of `given`."""
-    from kallos.core.config import read_feature_groups
-    from kallos.workflow.setting_words import overrides_of
-    from kallos.workflow.settings import read_settings
-
-    config, words = given.pop("config", None), given.pop("settings", [])
-    typed = overrides_of(words, also=[f"--{name.replace('_', '-')}" for name in _KNOWN])
-    if config is None:
-        raise ConfigError(f"{words[0]} is a setting of a file", next_step="Name the file with --config.")
-    typed |= {dotted: given[name] for name, dotted in _TYPED.items() if name in given}
-    if "feature_groups" in given:
-        typed["features"] = read_feature_groups(given["feature_groups"]).model_dump()
-    return read_settings(config, overrides=typed | ({"assets": [given["asset_id"]]} if "asset_id" in given else {}))
-
-# %% ../nbs/59c_run_commands.ipynb #916dac5c
-def _only(names: list[str], option: str) -> str:
-    if len(names) > 1:
-        raise ConfigError(f"the file names several: {', '.join(names)}", next_step=f"Choose one with {option}.")
-    return names[0]
-
-
-def _of_file(kind: str, given: dict[str, Any], db_url: str | None) -> dict[str, Any]:
-    """The settings that the file has for the run; takes `config` and `settings` out of `given`."""
-    from kallos.core.config import as_parameters
-    from kallos.workflow.settings import settings_of, train_settings, tune_settings
-
-    settings = _read_file(given)
-    timeframe = given.get("timeframe") or _only(settings.timeframes, "--timeframe")
-    own, where = settings_of(settings, timeframe), {"asset_id": _only(settings.assets, "--asset-id")}
-    where |= {"timeframe": timeframe, "folder": given.get("output_path", Path()), "splits": given.get("splits")}
-    if kind == "train":
-        end, _ = _extent(own, where, given, db_url)
-        return as_parameters(train_settings(own, **where, end_date=end, params_file=given["params_file"]))
-    end, n_rows = _extent(own, where, given, db_url)
-    return as_parameters(tune_settings(own, **where, end_date=end, n_rows=n_rows))
-
-# %% ../nbs/59c_run_commands.ipynb #247e35e5
-def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url: str | None) -> tuple[Any, int | None]:
-    """The boundary, and the number of rows before it; of labelled tables neither."""
-    if where["splits"]:
-        return None, None
-    from kallos.core.config import parse_moment
-    from kallos.data.store import read_features
-    from kallos.data.tables import connect
-    from kallos.workflow.settings import end_date_of
-
-    engine = connect(db_url, create=False)
-    try:
-        rows = read_features(engine, asset_id=where["asset_id"], timeframe=where["timeframe"], columns=[])["ts"]
-    finally:
-        engine.dispose()
-    end = given.get("end_date") or end_date_of(settings, rows.iloc[0], rows.iloc[-1])
-    return end, int((rows <= parse_moment(end)).sum())
 
 # %% ../nbs/59c_run_commands.ipynb #97365eca
 def _settings(kind: str, given: dict[str, Any], db_url: str | None) -> "RunSettings":
@@ -88,14 +30,15 @@ def _settings(kind: str, given: dict[str, Any], db_url: str | None) -> "RunSetti
 
         given = complete_from_splits(given)
     model = {"tune": TuneSettings, "train": TrainSettings}[kind]
-    filed = _of_file(kind, given, db_url) if {"config", "settings"} & {*given} else {}
-    return model.from_values({"output_path": Path()} | filed | given, source="the options")
+    filed = filed_values(kind, given, db_url=db_url, also=_KNOWN) if {"config", "settings"} & {*given} else {}
+    typed = {name: value for name, value in given.items() if name not in ("config", "settings")}
+    return model.from_values({"output_path": Path()} | filed | typed, source="the options")
 
 
 def _params_file(given: dict[str, Any]) -> Path:
     if "params_file" in given:
         return given["params_file"]
-    if "config" in given and (named := _read_file(dict(given)).hpo.params_file):
+    if "config" in given and (named := file_settings(given, also=_KNOWN).hpo.params_file):
         return named
     todo = "Name what `kallos-run tune` wrote with --params-file, or labelled tables with --splits."
     raise ConfigError("nothing says which parameters to train with", next_step=todo)

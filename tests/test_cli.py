@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -15,21 +14,21 @@ from urllib.request import urlopen
 
 import optuna
 import pytest
-import yaml
 
 import kallos
 from kallos import main as command_line
 from kallos import options, run_commands
-from kallos.core.config import TrainSettings, TuneSettings, settings_from_yaml
+from kallos.core.config import TrainSettings, TuneSettings
 from kallos.data.assets import list_assets
 from kallos.data.sample import sample_bars
+from kallos.data.store import read_features
 from kallos.data.tables import connect
 from kallos.evaluation import multiple_testing, trials
 from kallos.workflow import reports
 
 COMMANDS = (
     *("sample", "ingest", "fetch", "features", "data", "audit", "tune", "train", "cv", "walk-forward", "cpcv"),
-    *("ensemble", "dashboard"),
+    *("ensemble", "dashboard", "config"),
 )
 HEAVY = {"torch", "darts", "numpy", "pandas", "pandera", "optuna", "sqlalchemy", "papermill", "plotly"}
 SECRET = "pa55word"
@@ -108,22 +107,6 @@ def test_the_options_show_the_defaults_of_the_functions(function, names):
         assert shown_default(name) == str(inspect.signature(function).parameters[name].default), name
 
 
-@pytest.mark.parametrize(("settings", "extra"), [(TuneSettings, {}), (TrainSettings, {"params_file": "best.json"})])
-def test_the_settings_file_holds_the_defaults(root, settings, extra):
-    section = {TuneSettings: "tune", TrainSettings: "train"}[settings]
-    read = settings_from_yaml(settings, root / "config" / "train.yaml", section=section, overrides=GIVEN | extra)
-    assert read == settings.from_values(GIVEN | extra)
-
-
-def test_the_settings_file_names_every_setting_and_no_other(root):
-    text = (root / "config" / "train.yaml").read_text(encoding="utf8")
-    named = {*re.findall(r"^ *(?:# )?(\w+):(?: |$)", text, re.M)} - {"tune", "train"}
-    groups = {name for name in named if name.endswith("_features")}
-    assert named - groups == {*TuneSettings.model_fields, *TrainSettings.model_fields}
-    table = yaml.safe_load(text)
-    assert {*table["feature_groups"]} == groups
-
-
 # Wrong input
 
 
@@ -134,7 +117,8 @@ def market(tmp_path_factory) -> Path:
     for asset in ("BTC", "ETH"):
         assert kallos_run("sample", "--asset-id", asset, "--timeframe", "1d", cwd=folder).returncode == 0
     assert kallos_run("features", *BTC, cwd=folder).returncode == 0
-    (folder / "wrong.yaml").write_text("tune:\n  n_trails: 5\n")
+    (folder / "wrong.yaml").write_text("hpo:\n  trails: 5\n")
+    (folder / "mine.yaml").write_text("assets: [BTC]\ntimeframes: [1d]\nhpo: {trials: 7}\nsplit: {folds: 3}\n")
     sample_bars(start="2024-01-01", end="2024-03-01").to_csv(folder / "days.csv", index=False)
     (folder / "wrong.json").write_text("[1, 2")
     (folder / "wrong.csv").write_text(PLAIN.replace("2,3,1,1,6", "2,3,1,4,6").replace("1,2,1,2,5", "1,0,1,2,5"))
@@ -169,7 +153,10 @@ WRONG = {
     "no groups": (("tune", *RUN, "--feature-groups", "{"), "not valid JSON"),
     "unknown group": (("tune", *RUN, "--feature-groups", '{"big": ["rsi"]}'), "unknown setting 'big'"),
     "no groups file": (("tune", *RUN, "--feature-groups", "none.yaml"), "cannot read none.yaml"),
-    "unknown key": (("tune", *RUN, "--config", "wrong.yaml"), "wrong.yaml: unknown setting 'n_trails'"),
+    "unknown key": (("tune", *RUN, "--config", "wrong.yaml"), "wrong.yaml, line 2: hpo.trails: no such setting"),
+    "unknown setting": (("tune", "--config", "mine.yaml", "--hpo-trails", "3"), "did you mean --hpo-trials?"),
+    "no file of it": (("tune", *RUN, "--hpo-trials", "3"), "--hpo-trials is a setting of a file"),
+    "another asset": (("tune", "--config", "mine.yaml", "--asset-id", "DOGE"), "no features of 'DOGE' in '1d'"),
     "no settings file": (("tune", *RUN, "--config", "none.yaml"), "cannot read none.yaml"),
     "unknown feature": (("tune", *RUN, *SMALL, '{"bounded_features": ["moonphase"]}'), "moonphase"),
     "wrong group": (("tune", *RUN, *SMALL, '{"volume_features": ["macd_diff"]}'), "not volumes: macd_diff"),
@@ -280,6 +267,13 @@ METRICS = {"score": 0.9, "rmse": 0.03, "rmse_naive": 0.029, "rmse_price": 900.0,
 BEST = {"study_name": "demo", "n_trials": 3, "trial": 1, "metrics": METRICS | {"skill": -0.013, "folds": 3}}
 
 
+def list_rows(market: Path) -> list:
+    engine = connect(f"sqlite:///{market}/data/kallos.db")
+    rows = read_features(engine, asset_id="BTC", timeframe="1d", columns=[])["ts"]
+    engine.dispose()
+    return [*rows]
+
+
 @pytest.fixture
 def in_process(market, tmp_path, monkeypatch, capsys):
     """A function that runs a command line in this process, with the notebook replaced by what it writes."""
@@ -318,14 +312,45 @@ def test_only_what_was_typed_differs_from_the_defaults(in_process):
     assert settings == TuneSettings.from_values(GIVEN | {"output_path": ".", "patience": 7})
 
 
-def test_a_typed_option_wins_over_the_settings_file(in_process, tmp_path):
-    (tmp_path / "mine.yaml").write_text(
-        "asset_id: BTC\nend_date: 2023-01-01\noutput_path: here\ntune: {folds: 3, embargo: 4}\n"
-    )
-    code, said = in_process("tune", "--config", "mine.yaml", "--folds", 2)
+def test_a_file_says_what_is_not_typed(in_process, market):
+    code, said = in_process("tune", "--config", market / "mine.yaml")
     assert code == 0, said
     settings = in_process.runs[0][1]
-    assert (settings.folds, settings.embargo, settings.output_path) == (2, 4, Path("here"))
+    assert (settings.asset_id, settings.timeframe, settings.n_trials, settings.folds) == ("BTC", "1d", 7, 3)
+    assert (settings.pruner, settings.deterministic, settings.output_path) == ("median", True, Path())
+    end = settings.end_date  # a fifth of the time lies after it
+    rows = list_rows(market)
+    assert (rows[-1] - end) / (rows[-1] - rows[0]) == pytest.approx(0.2, abs=0.001)
+    assert settings.val_length == int(0.4 * sum(ts <= end for ts in rows)) // 3
+
+
+def test_what_is_typed_wins_over_the_file(in_process, market):
+    words = (
+        "--folds",
+        2,
+        "--end-date",
+        "2023-01-01",
+        "--training-patience",
+        9,
+        "--hpo-trials=4",
+        "--output-path",
+        "here",
+    )
+    code, said = in_process("tune", "--config", market / "mine.yaml", *words)
+    assert code == 0, said
+    settings = in_process.runs[0][1]
+    assert (settings.folds, settings.patience, settings.n_trials, settings.output_path) == (2, 9, 4, Path("here"))
+    assert f"{settings.end_date:%Y-%m-%d}" == "2023-01-01"
+
+
+def test_training_takes_what_the_parameters_say_over_the_file(in_process, market, tmp_path):
+    best = {"model_name": "lstm", "horizon": 2, "n_epochs": 3, "train_stride": 2, "hyperparameters": {}}
+    (tmp_path / "best.json").write_text(json.dumps(best | {"metrics": METRICS | {"skill": 0.1}}))
+    code, said = in_process("train", "--config", market / "mine.yaml", "--params-file", "best.json", "--seed", 5)
+    assert code == 0, said
+    settings = in_process.runs[0][1]
+    assert (settings.model_name, settings.horizon, settings.n_epochs, settings.train_stride) == ("lstm", 2, 3, 2)
+    assert (settings.asset_id, settings.seed, settings.timeframe) == ("BTC", 5, "1d")
 
 
 def test_tune_tells_its_result_in_words_and_the_next_command_whole(in_process):

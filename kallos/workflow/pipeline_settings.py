@@ -17,16 +17,16 @@ from .setting_checks import impossible
 from .setting_fields import Fault, faults_in
 from .setting_sections import PipelineFields
 
-# %% ../../nbs/workflow/47b_pipeline_settings.ipynb #35c572c2
+# %% ../../nbs/workflow/47b_pipeline_settings.ipynb #21e758a0
 def refuse(
     faults: Iterable[Fault],  # what is wrong
-    place: Callable[[Keys], str],  # of a setting, in words
+    place: Callable[..., str],  # of a setting, or else of those that it depends on, in words
 ) -> None:
     """Returns nothing; ConfigError that names every fault and its place, if there is one."""
-    if said := [f"{place(fault.keys)}: {fault}" for fault in faults]:
+    if said := [f"{place(fault.keys, *fault.also)}: {fault}" for fault in faults]:
         raise ConfigError(".\n".join(said), next_step="`kallos-run config` lists every setting.")
 
-# %% ../../nbs/workflow/47b_pipeline_settings.ipynb #7a6cda9f
+# %% ../../nbs/workflow/47b_pipeline_settings.ipynb #3c8b1fdc
 class PipelineSettings(PipelineFields):
     """Every setting of a run of the pipeline."""
 
@@ -39,10 +39,10 @@ class PipelineSettings(PipelineFields):
     @classmethod
     def from_values(cls, values: dict[str, Any], *, source: str = "the settings") -> Self:
         """The settings of these values; ConfigError that names every wrong one."""
-        return cls.from_places(values, place=lambda keys: source)
+        return cls.from_places(values, place=lambda *keys: source)
 
     @classmethod
-    def from_places(cls, values: dict[str, Any], *, place: Callable[[Keys], str]) -> Self:
+    def from_places(cls, values: dict[str, Any], *, place: Callable[..., str]) -> Self:
         """The settings of these values; ConfigError that names every wrong one and its place."""
         refuse(_faults(values), place)
         return cls.model_validate(values)

@@ -29,7 +29,7 @@ from .pipeline_settings import PipelineSettings, refuse
 from .setting_checks import impossible
 from .setting_sections import of_timeframe
 
-# %% ../../nbs/workflow/48_settings.ipynb #dd4d6746
+# %% ../../nbs/workflow/48_settings.ipynb #449ce810
 @dataclass
 class _Source:
     """Values, and where each was said."""
@@ -38,10 +38,10 @@ class _Source:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Keys, str] = field(default_factory=dict)
 
-    def place(self, keys: Keys) -> str:
-        """Of a setting, in words."""
-        above = (keys[:length] for length in range(len(keys), 0, -1))
-        return next((self.places[one] for one in above if one in self.places), str(self.path or _TYPED))
+    def place(self, keys: Keys, *also: Keys) -> str:
+        """Of a setting, or of one that it depends on, in words."""
+        above = (keys[:length] for length in range(len(keys) - 1, 0, -1))
+        return next((self.places[one] for one in (keys, *also, *above) if one in self.places), str(self.path or _TYPED))
 
 
 _TYPED = "the command line"
@@ -112,7 +112,7 @@ def read_settings(
     _expand(source, source.values)
     return PipelineSettings.from_places(source.values, place=source.place)
 
-# %% ../../nbs/workflow/48_settings.ipynb #3c1d607c
+# %% ../../nbs/workflow/48_settings.ipynb #dbb113c5
 def settings_of(
     settings: PipelineSettings,  # of a run
     timeframe: str,  # length of a bar
@@ -123,7 +123,7 @@ def settings_of(
     shortest = min([*settings.timeframes, timeframe], key=TIMEFRAMES.get)
     data = own.data.model_copy(update={"files_timeframe": own.data.files_timeframe or shortest})
     alone = own.model_copy(update={"timeframes": [timeframe], "data": data})
-    refuse(impossible(alone), lambda keys: f"the settings of {timeframe}")
+    refuse(impossible(alone), lambda *keys: f"the settings of {timeframe}")
     return alone
 
 # %% ../../nbs/workflow/48_settings.ipynb #a2c1e6ed
@@ -154,18 +154,22 @@ def _shared(s: PipelineSettings, known: dict[str, Any], splits: Path | None) -> 
         values = complete_from_splits(values)
     return values
 
-# %% ../../nbs/workflow/48_settings.ipynb #a16adc94
+# %% ../../nbs/workflow/48_settings.ipynb #2f5fc304
 _TRAINING = """device precision exact gradient_clip batch_size train_stride max_samples_per_epoch
 growing_epochs""".split()  # noqa: SIM905
 
 
 def _val_length(study: TuneSettings, share: float, n_rows: int) -> int:
     """Rows that a fold validates, as the share asks for and the folds have room for."""
+<<<<<<< HEAD
     least = longest_input(study) + study.horizon
+=======
+    least = longest_input(study.model_name) + study.horizon
+>>>>>>> a
     room = n_rows - 2 * least - study.horizon - study.embargo
     return max(least, min(room, int(n_rows * share)) // study.folds)
 
-# %% ../../nbs/workflow/48_settings.ipynb #657597be
+# %% ../../nbs/workflow/48_settings.ipynb #42973315
 def tune_settings(
     settings: PipelineSettings,  # of one timeframe
     *,
