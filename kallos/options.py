@@ -18,12 +18,8 @@ import typer
 from .core.errors import KallosError
 from .data_options import DATA
 from .inference_options import INFERENCE
-<<<<<<< HEAD
-from .option_kinds import flag, many, option
-from .runs_options import RUNS_OPTIONS
-=======
 from .option_kinds import flag, option
->>>>>>> a
+from .runs_options import RUNS_OPTIONS
 
 # %% ../nbs/59_options.ipynb #3ad72c9b
 _SHARED = {
@@ -190,14 +186,7 @@ _WORKERS = {
 
 # %% ../nbs/59_options.ipynb #d0c70ad1
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
-<<<<<<< HEAD
-_RESEARCH = _SHARED | _DATA | _FETCH | _TABLES | _RUN | _TRAIN | _TUNE
-OPTIONS: dict[str, Any] = _RESEARCH | _JUDGED | _WORKERS | INFERENCE | RUNS_OPTIONS
-=======
-OPTIONS: dict[str, Any] = (
-    _SHARED | DATA | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | _DASHBOARD | _SETTINGS | INFERENCE
-)
->>>>>>> a
+OPTIONS: dict[str, Any] = _SHARED | DATA | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | INFERENCE | RUNS_OPTIONS
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):
@@ -262,15 +251,9 @@ def command(
 
         call.__signature__ = _signature(names.split(), required.split(), extra)
         call.__annotations__ = {name: one.annotation for name, one in call.__signature__.parameters.items()}
-<<<<<<< HEAD
         typed = run.__name__.rstrip("_").replace("_", " " if app.info.name else "-")  # runs_list is `list` of `runs`
-        text = "\n\n".join([run.__doc__, *([_ANY] if extra else []), f"Example: kallos-run {typed} {example}"])
+        text = f"{run.__doc__}{_ANY if extra else ''}\n\nExample: kallos-run {typed} {example}"
         app.command(typed.split()[-1], help=text, context_settings=_WORDS if extra else None)(call)
-=======
-        name = run.__name__.replace("_", "-")
-        text = f"{run.__doc__}{_ANY if extra else ''}\n\nExample: kallos-run {name} {example}"
-        app.command(name, help=text, context_settings=_WORDS if extra else None)(call)
->>>>>>> a
         return run
 
     return register
