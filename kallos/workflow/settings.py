@@ -161,7 +161,7 @@ growing_epochs""".split()  # noqa: SIM905
 
 def _val_length(study: TuneSettings, share: float, n_rows: int) -> int:
     """Rows that a fold validates, as the share asks for and the folds have room for."""
-    least = longest_input(study.model_name) + study.horizon
+    least = longest_input(study) + study.horizon
     room = n_rows - 2 * least - study.horizon - study.embargo
     return max(least, min(room, int(n_rows * share)) // study.folds)
 
