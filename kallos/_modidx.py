@@ -4834,6 +4834,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'kallos/workflow/settings.py'),
                                           'kallos.workflow.settings.backtest_settings': ( 'workflow/settings.html#backtest_settings',
                                                                                           'kallos/workflow/settings.py'),
+                                          'kallos.workflow.settings.change_settings': ( 'workflow/settings.html#change_settings',
+                                                                                        'kallos/workflow/settings.py'),
                                           'kallos.workflow.settings.data_settings': ( 'workflow/settings.html#data_settings',
                                                                                       'kallos/workflow/settings.py'),
                                           'kallos.workflow.settings.end_date_of': ( 'workflow/settings.html#end_date_of',

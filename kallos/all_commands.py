@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 all_app = typer.Typer()
 
-# %% ../nbs/59p_all_commands.ipynb #80064a3f
+# %% ../nbs/59p_all_commands.ipynb #b60413da
 def _settings(given: dict[str, Any]) -> "PipelineSettings":
     from kallos.workflow.pipeline import settings_of_run
     from kallos.workflow.setting_words import overrides_of
-    from kallos.workflow.settings import read_settings
+    from kallos.workflow.settings import change_settings, read_settings
 
-    typed = overrides_of(given.get("settings", []))
+    typed = overrides_of(given.get("settings", []), also=("--config", "--run-id", "--resume", "--quiet"))
     if "resume_run" in given and "config" not in given:
-        return settings_of_run(_reports(typed), given["resume_run"], overrides=typed)
+        return change_settings(settings_of_run(_reports(typed), given["resume_run"]), typed)
     return read_settings(given.get("config"), overrides=typed)
 
 

@@ -9,7 +9,6 @@ __all__ = ['doctor_app', 'doctor', 'preflight']
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -72,10 +71,13 @@ def _parts(settings: Any, given: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(given: dict[str, Any]) -> Any:
+    from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import read_settings
 
-    typed = {} if given.get("config") or not given.get("asset_id") else {"assets": [given["asset_id"]]}
-    return read_settings(given.get("config", Path("config/train.yaml") if not typed else None), overrides=typed)
+    typed = overrides_of(given.get("settings", []), also=("--config", "--asset-id", "--timeframe", "--no-fix"))
+    if "asset_id" in given:
+        typed["assets"] = [given["asset_id"]]
+    return read_settings(given.get("config"), overrides=typed)
 
 # %% ../nbs/59n_doctor_commands.ipynb #701cb3d7
 def _conclude(found: list[Any], *, as_json: bool) -> None:
@@ -92,6 +94,7 @@ def _conclude(found: list[Any], *, as_json: bool) -> None:
 @command(
     doctor_app,
     "config asset_id timeframe no_fix as_json db_url",
+    extra=True,
     example="--config config/train.yaml --timeframe 1h",
     stopped="what was mended stays mended, and the same command looks again.",
 )

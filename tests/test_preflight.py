@@ -218,8 +218,8 @@ def test_own_features_must_be_readable(url, tmp_path):
     assert lines(flown(url, {"data.own_features": str(tmp_path / "none.py")}))["own features"].status == "BLOCKED"
 
 
-def test_bars_outside_the_named_span_are_warned_of(url):
-    assert lines(flown(url, {"data.start": "2019-01-01"}))["data"].status == "WARN"
+def test_bars_outside_the_named_span_block(url):
+    assert lines(flown(url, {"data.start": "2019-01-01"}))["data"].status == "BLOCKED"
 
 
 def test_a_device_that_is_not_there_blocks(url):

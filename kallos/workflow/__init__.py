@@ -104,6 +104,7 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "settings": (
             "backtest_settings",
+            "change_settings",
             "data_settings",
             "end_date_of",
             "evaluate_settings",

@@ -78,7 +78,7 @@ def data_check(
     late = data.end is not None and held["last"] >= data.end
     if early or late:
         todo = "They are stored already, and all of them are used: give a shorter span an asset of its own."
-        return Check("data", "WARN", f"{said}: more than the settings name", todo)
+        return Check("data", "BLOCKED", f"{said}: more than the settings name", todo)
     return Check("data", "OK", said)
 
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #abd286f3
