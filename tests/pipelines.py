@@ -1,0 +1,61 @@
+"""What the tests of the pipeline share: a small market, and `kallos-run all` as a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+from kallos.core.runs import file_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOWCASE = ROOT / "config" / "showcase.yaml"
+KALLOS = str(Path(sys.executable).with_name("kallos-run"))
+WRONG = ("--set", "per_timeframe.12h.split.folds=500")  # more folds than there are rows for
+NUMBERS = ("optuna_best.json", "metrics_test.json", "preds_test.parquet", "trades.csv", "equity.csv")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The variables of a command whose database is the folder's."""
+    return os.environ | {"KALLOS_DB_URL": f"sqlite:///{folder / 'kallos.db'}"}
+
+
+def kallos(folder: Path, *words: object, code: int | None = 0) -> str:
+    """What `kallos-run` said in that folder; it must leave with the code, if one is named."""
+    command = [KALLOS, *map(str, words)]
+    how = {"cwd": folder, "env": environment(folder), "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=900, check=False, **how)
+    said = done.stdout + done.stderr
+    assert code is None or done.returncode == code, said
+    assert "Traceback" not in said, said
+    return said
+
+
+def with_market(folder: Path) -> Path:
+    """The folder, whose database now holds the sample market that the showcase was made of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kallos(folder, "sample", "--asset-id", "BTC", "--timeframe", "12h", "--start", "2021-01-01")
+    return folder
+
+
+def hashes(part: Path) -> dict[str, str]:
+    """The hash of every file of numbers of a part."""
+    return {name: file_hash(part / name) for name in NUMBERS}
+
+
+def summary(run: Path) -> dict:
+    """The run's summary."""
+    return json.loads((run / "summary.json").read_text(encoding="utf8"))
+
+
+def finished_run(folder: Path) -> Path:
+    """A run of the showcase's settings that was never stopped; made once, by whichever test process comes first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        run = folder / "reports" / "whole"
+        if not (run / "summary.json").exists():
+            with_market(folder)
+            kallos(folder, "all", "--config", SHOWCASE, "--run-id", "whole")
+    return run

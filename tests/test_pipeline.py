@@ -1,0 +1,190 @@
+"""`kallos-run all`, as a person runs it: every file of the checklist, a part that fails, runs that are stopped."""
+
+import json
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from kallos.core.runs import file_hash, read_json, verify_manifest
+from kallos.data.run_index import list_runs
+from kallos.data.tables import connect
+from kallos.workflow.deliverables import checklist
+from kallos.workflow.part_runs import read_part
+from kallos.workflow.parts import parts_of
+from kallos.workflow.settings import read_settings
+from kallos.workflow.steps import Work, do_step
+from tests import pipelines as p
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PARTS = ("12h", "1d")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """A finished run, shared by all test processes."""
+    return p.finished_run(tmp_path_factory.getbasetemp().parent / "pipeline")
+
+
+def test_a_run_leaves_all_that_it_owes(whole):
+    found = p.summary(whole)
+    assert (found["status"], found["exit_code"]) == ("done", 0)
+    assert all(line["ok"] for line in found["checklist"])
+    assert {path.name for path in whole.iterdir()} >= {"summary.json", "run.log", "manifest.json", "index.html", *PARTS}
+    manifest = verify_manifest(whole / "manifest.json")
+    assert {*manifest["data"]} == {*PARTS}
+    assert {*manifest["data"]["1d"]} == {"bars", "features", "seen"}
+    runs = list_runs(connect(f"sqlite:///{whole.parents[1] / 'kallos.db'}"))
+    assert runs.loc[runs["run_id"] == "whole", "status"].tolist() == ["done"]
+
+
+def test_a_file_that_was_changed_or_lost_is_found_by_the_checklist(whole, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "whole")
+    (copy / "1d" / "trades.csv").write_text("a,b\n1,2\n")
+    (copy / "1d" / "model.pt").write_bytes(b"x")
+    (copy / "1d" / "equity_curve.png").unlink()
+    notebook = json.loads((copy / "1d" / "tune.ipynb").read_text())
+    cell = next(cell for cell in notebook["cells"] if cell.get("outputs"))
+    cell["outputs"] = [{"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}]
+    (copy / "1d" / "tune.ipynb").write_text(json.dumps(notebook))
+    card = copy / "1d" / "bundle" / "card.md"
+    card.write_text(card.read_text() + " ")
+    wrong = {line.path: line.why for line in checklist(read_part(copy, "1d")) if not line.ok}
+    assert {*wrong} == {f"1d/{name}" for name in ("trades.csv", "model.pt", "equity_curve.png", "tune.ipynb", "bundle")}
+
+
+def test_a_finished_run_that_is_resumed_keeps_everything(whole, tmp_path):
+    folder = shutil.copytree(whole.parents[1], tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "reports" / "whole").rglob("model.pt")}
+    assert len(before) == 2
+    p.kallos(folder, "all", "--resume", "whole")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for part in PARTS:
+        assert p.hashes(folder / "reports" / "whole" / part) == p.hashes(whole / part)
+
+
+def test_the_numbers_are_those_of_the_showcase(whole, root):
+    shown = root / "reports" / "showcase"
+    for part in PARTS:
+        was, now = (read_json(run / part / "metrics_test.json")["test"] for run in (shown, whole))
+        assert was["n"] == now["n"]
+        for name in ("rmse", "rmse_naive", "skill", "directional_accuracy"):
+            assert now[name] == pytest.approx(was[name], rel=1e-3, abs=1e-4), (part, name)
+    files = [path for path in shown.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 3e6
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The processes that have something to do with the folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(folder) in " ".join(process.cmdline()) or process.cwd().startswith(str(folder)):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def start(folder: Path, *words: object) -> subprocess.Popen:
+    """`kallos-run` in that folder, left to itself."""
+    with (folder / "said.txt").open("a") as said:
+        how = {"stdout": said, "stderr": said, "start_new_session": True, "env": p.environment(folder), "cwd": folder}
+        return subprocess.Popen([p.KALLOS, *map(str, words)], **how)
+
+
+def stopped_and_resumed(folder: Path, whole: Path, *, stops: int, seed: int) -> None:
+    """Stops a run so many times at random moments; of its two parts one fails, and the other ends as in the whole run."""
+    rng, steps = random.Random(seed), p.summary(whole)["parts"]["1d"]["steps"].values()
+    between = sum(step["seconds"] for step in steps) / stops
+    run, begin = (
+        p.with_market(folder) / "reports" / "stopped",
+        ("--config", p.SHOWCASE, "--run-id", "stopped", *p.WRONG),
+    )
+    words = begin
+    for number in range(stops):
+        process = start(folder, "all", *words)
+        time.sleep(10 + rng.uniform(0, 1.2) * between)
+        gently = number % 3 == 1
+        process.send_signal(signal.SIGINT if gently else signal.SIGKILL)
+        code = process.wait(timeout=120)
+        assert code in ((3, 4) if gently else (4, -9)), (folder / "said.txt").read_text()
+        words = ("--resume", "stopped") if (run / "manifest.json").exists() else begin
+    said = p.kallos(folder, "all", *words, code=4)
+    assert "12h failed" in said
+    found = p.summary(run)
+    assert {name: part["status"] for name, part in found["parts"].items()} == {"12h": "failed", "1d": "done"}
+    assert found["parts"]["12h"]["error"]["step"] == "preflight"
+    assert "500 folds" in found["parts"]["12h"]["error"]["message"]
+    assert all(line["ok"] for line in found["checklist"] if line["path"].startswith("1d/"))
+    assert p.hashes(run / "1d") == p.hashes(whole / "1d")
+
+
+def test_a_killed_run_ends_as_if_it_never_had_been_and_its_failed_part_leaves_the_other_whole(whole, tmp_path):
+    stopped_and_resumed(tmp_path / "killed", whole, stops=2, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_a_run_that_was_killed_ten_times_ends_as_if_it_never_had_been(whole, tmp_path):
+    stopped_and_resumed(tmp_path / "killed", whole, stops=10, seed=2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_a_run_can_be_reproduced_until_a_bar_changes(whole, tmp_path):
+    folder = shutil.copytree(whole.parents[1], tmp_path / "copy")
+    assert "no difference" in p.kallos(folder, "reproduce", "whole").lower()
+    with closing(sqlite3.connect(folder / "kallos.db")) as database, database:
+        database.execute(
+            "UPDATE bars SET volume = volume * 1.01 WHERE timeframe = '12h' AND ts = (SELECT MAX(ts) FROM bars)"
+        )
+    said = p.kallos(folder, "reproduce", "whole", code=5)
+    assert "12h bars" in said
+    assert "1d bars" not in said
+
+
+def test_nothing_that_a_killed_run_began_outlives_it(tmp_path):
+    folder = p.with_market(tmp_path / "killed")
+    process = start(folder, "all", "--config", p.SHOWCASE, "--run-id", "killed")
+    tune = folder / "reports" / "killed" / "12h" / "steps" / "state.json"
+    end = time.monotonic() + 120
+    while "tune" not in (read_json(tune)["steps"] if tune.exists() else {}) and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(6)
+    alive = [one for one in processes_of(folder) if one.pid != process.pid]
+    assert alive
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(alive, timeout=30)
+    assert not left, [one.cmdline() for one in left]
+
+
+def test_noise_in_the_test_rows_changes_nothing_before_the_evaluation(whole, tmp_path):
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    shutil.copy(whole.parents[1] / "kallos.db", folder)
+    end = pd.Timestamp(read_json(whole / "1d" / "steps" / "data.json")["end_date"])
+    noise = "open = open * 1.7, high = high * 9, low = low / 5, close = close * 3, volume = 1"
+    with closing(sqlite3.connect(folder / "kallos.db")) as database, database:
+        changed = database.execute(f"UPDATE bars SET {noise} WHERE ts >= ?", (end.value // 10**6,)).rowcount
+        database.execute("UPDATE series SET stale_from = 0")
+    assert changed > 100
+    run, url = folder / "reports" / "noise", f"sqlite:///{folder / 'kallos.db'}"
+    part = parts_of(read_settings(p.SHOWCASE, overrides={"timeframes": ["1d"]}), run)[0]
+    for step in ("preflight", "data", "tune", "train"):
+        do_step(Work(part, url), step)
+    ours = whole / "1d"
+    seen = [read_json(one / "steps" / "data.json") for one in (ours, part.folder)]
+    assert seen[0]["features"]["fingerprint"] != seen[1]["features"]["fingerprint"]
+    assert seen[0]["seen"]["fingerprint"] == seen[1]["seen"]["fingerprint"]
+    for name in ("optuna_best.json", "model.pt", "scaler.pkl"):
+        assert file_hash(ours / name) == file_hash(part.folder / name), name
