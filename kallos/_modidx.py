@@ -4070,6 +4070,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'kallos.predict_commands.predict': ( 'predict_commands.html#predict',
                                                                               'kallos/predict_commands.py')},
             'kallos.run_commands': { 'kallos.run_commands._check_run': ('run_commands.html#_check_run', 'kallos/run_commands.py'),
+                                     'kallos.run_commands._check_search': ('run_commands.html#_check_search', 'kallos/run_commands.py'),
                                      'kallos.run_commands._in_words': ('run_commands.html#_in_words', 'kallos/run_commands.py'),
                                      'kallos.run_commands._params_file': ('run_commands.html#_params_file', 'kallos/run_commands.py'),
                                      'kallos.run_commands._run': ('run_commands.html#_run', 'kallos/run_commands.py'),

@@ -44,17 +44,13 @@ def _params_file(given: dict[str, Any]) -> Path:
     raise ConfigError("nothing says which parameters to train with", next_step=todo)
 
 # %% ../nbs/59c_run_commands.ipynb #76a645a8
-def _check_run(kind: str, settings: "RunSettings", db_url: str | None) -> None:
+def _check_run(settings: "RunSettings", db_url: str | None) -> None:
     from kallos.data.assets import list_assets
     from kallos.data.store import read_features
     from kallos.data.tables import connect
-    from kallos.models.architectures import check_model, check_model_name
-    from kallos.models.samplers import check_sampler
+    from kallos.models.architectures import check_model_name
 
     check_model_name(settings.model_name)
-    if kind == "tune":
-        check_model(settings)
-        check_sampler(settings)
     if settings.splits:
         return
     engine, key = connect(db_url, create=False), {"asset_id": settings.asset_id, "timeframe": settings.timeframe}
@@ -64,12 +60,22 @@ def _check_run(kind: str, settings: "RunSettings", db_url: str | None) -> None:
         read_features(engine, **key, end=settings.end_date)  # finds nothing, and says what there is
 
 # %% ../nbs/59c_run_commands.ipynb #12723cc6
+def _check_search(settings: "RunSettings") -> None:
+    from kallos.models.architectures import check_model
+    from kallos.models.samplers import check_sampler
+
+    check_model(settings)
+    check_sampler(settings)
+
+
 def _stem(settings: "RunSettings") -> str:
     return f"{settings.model_name}_{settings.asset_id}"
 
 
 def _run(kind: str, settings: "RunSettings", db_url: str | None, no_report: bool) -> None:
-    _check_run(kind, settings, db_url)
+    if kind == "tune":
+        _check_search(settings)
+    _check_run(settings, db_url)
     if no_report:
         from kallos import models
 

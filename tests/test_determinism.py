@@ -26,7 +26,7 @@ def url(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 def test_median_pruning_and_divergence_are_the_same_with_one_worker_and_with_two(url, tmp_path):
-    how = {"pruner": "median", "deterministic": True, "n_trials": 10, "max_epochs": 5, "study_name": "one"}
+    how = {"pruner": "median", "deterministic": True, "n_trials": 12, "max_epochs": 5, "study_name": "one"}
     found = []
     for n_jobs in (1, 2):
         more = {"model_name": "gru", "search_space": SPACE, "n_jobs": n_jobs}
