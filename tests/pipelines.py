@@ -36,7 +36,7 @@ def kallos(folder: Path, *words: object, code: int | None = 0) -> str:
 def with_market(folder: Path) -> Path:
     """The folder, whose database now holds the sample market that the showcase was made of."""
     folder.mkdir(parents=True, exist_ok=True)
-    kallos(folder, "sample", "--asset-id", "BTC", "--timeframe", "12h", "--start", "2021-01-01")
+    kallos(folder, "sample", "--asset-id", "BTC", "--timeframe", "12h", "--start", "2023-01-01")
     return folder
 
 

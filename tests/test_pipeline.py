@@ -102,7 +102,7 @@ def start(folder: Path, *words: object) -> subprocess.Popen:
 
 
 def stopped_and_resumed(folder: Path, whole: Path, *, stops: int, seed: int) -> None:
-    """Stops a run so many times at random moments; of its two parts one fails, and the other ends as in the whole run."""
+    """Stops a run at random moments; of its two parts one fails, and the other ends as in the whole run."""
     rng, steps = random.Random(seed), p.summary(whole)["parts"]["1d"]["steps"].values()
     between = sum(step["seconds"] for step in steps) / stops
     run, begin = (

@@ -83,7 +83,7 @@ def _manifest(folder: Path, settings: PipelineSettings, parts: Sequence[Part], r
         results=results,
     )
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #aa431128
+# %% ../../nbs/workflow/53_pipeline.ipynb #70fece7f
 _START = "from kallos.workflow.part_runs import work_on; work_on()"
 
 
@@ -95,7 +95,7 @@ def _environment(db: Any, at_once: int) -> dict[str, str]:
 
 def _begin(part: Part, environment: dict[str, str]) -> subprocess.Popen:
     part.steps.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", _START, str(part.run.resolve()), part.name, str(os.getpid())]
+    command = [sys.executable, "-c", _START, str(part.run), part.name, str(os.getpid())]
     with (part.steps / "output.txt").open("a", encoding="utf8") as output:
         how = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
         return subprocess.Popen(command, env=environment, **how)
