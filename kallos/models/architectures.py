@@ -275,7 +275,7 @@ def _create_network(
         values["optimizer_kwargs"] = {"lr": values.pop("learning_rate")}
     common = {"output_chunk_length": horizon, "n_epochs": n_epochs, "random_state": seed, "pl_trainer_kwargs": trainer}
     return getattr(darts.models, spec.darts_class)(
-        **spec.fixed, **values, **common, loss_fn=nn.MSELoss(), save_checkpoints=False
+        **spec.fixed, **values, **common, loss_fn=nn.MSELoss(), save_checkpoints=False, work_dir="darts_logs"
     )
 
 # %% ../../nbs/models/23_architectures.ipynb #16a642c3
