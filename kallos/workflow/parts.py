@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'LOOSE', 'Part', 'parts_of', 'digest_of', 'read_steps', 'record_step', 'hashes_of', 'is_current', 'holding']
 
-# %% ../../nbs/workflow/52b_parts.ipynb #11a58d35
+# %% ../../nbs/workflow/52b_parts.ipynb #fe3ff0c0
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from ..core.errors import ArtifactError
 from ..core.runs import file_hash, read_json, to_plain, write_json
+from .run_records import LOCK
 from .settings import PipelineSettings, settings_of
 
 # %% ../../nbs/workflow/52b_parts.ipynb #9ff2f062
@@ -108,7 +109,7 @@ def is_current(
     files = {part.folder / name: digest for name, digest in record["outputs"].items()}
     return all(path.is_file() and digest in ("", file_hash(path)) for path, digest in files.items())
 
-# %% ../../nbs/workflow/52b_parts.ipynb #13a20f76
+# %% ../../nbs/workflow/52b_parts.ipynb #df605e7d
 @contextmanager
 def holding(
     folder: Path,  # of a run or of a part's steps; made if it is missing
@@ -118,7 +119,7 @@ def holding(
     """A block that no other process is in with the same folder; ArtifactError if one stays beyond the patience."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=patience)
+        lock = FileLock(folder / LOCK).acquire(timeout=patience)
     except Timeout:
         todo = "Wait until it has ended, or stop it."
         raise ArtifactError("another process works in this folder", str(folder), todo) from None
