@@ -4401,6 +4401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'kallos/workflow/pipeline.py'),
                                           'kallos.workflow.pipeline._numbers': ( 'workflow/pipeline.html#_numbers',
                                                                                  'kallos/workflow/pipeline.py'),
+                                          'kallos.workflow.pipeline._parts': ( 'workflow/pipeline.html#_parts',
+                                                                               'kallos/workflow/pipeline.py'),
                                           'kallos.workflow.pipeline._processes': ( 'workflow/pipeline.html#_processes',
                                                                                    'kallos/workflow/pipeline.py'),
                                           'kallos.workflow.pipeline._results': ( 'workflow/pipeline.html#_results',

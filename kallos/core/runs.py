@@ -8,6 +8,7 @@ __all__ = ['PACKAGES', 'mask_secrets', 'to_plain', 'derive_seed', 'seed_everythi
            'build_manifest', 'write_manifest', 'verify_manifest']
 
 # %% ../../nbs/core/03_runs.ipynb #27302408
+import errno
 import hashlib
 import json
 import os
@@ -91,6 +92,9 @@ def seed_everything(
 
         torch.manual_seed(seed)
 
+# %% ../../nbs/core/03_runs.ipynb #c0ffee41
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit that is reached
+
 # %% ../../nbs/core/03_runs.ipynb #cd40355b
 @contextmanager
 def atomic_write(
@@ -98,8 +102,7 @@ def atomic_write(
     mode: str = "wb",  # "wb", or "w" for text in UTF-8
 ) -> Iterator[IO]:
     """A file that becomes `path` when the block ends without an error; ConfigError if nothing can be written there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
+    temporary = (path := Path(path)).with_name(f".{path.name}.{token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = temporary.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
@@ -111,6 +114,10 @@ def atomic_write(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ConfigError(f"cannot write {path}: {error.strerror}", next_step="Make room, and try again.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -21,19 +21,20 @@ from typing import Any
 import joblib
 import psutil
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #d3e6aaf5
+# %% ../../nbs/workflow/53_pipeline.ipynb #3d3e95e3
 from ..core.config import as_parameters
 from ..core.errors import ArtifactError, ConfigError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import git_state, read_json, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
 from ..data.database import to_url
-from ..data.run_index import record_run
+from ..data.run_index import find_run, record_run
 from ..data.tables import connect
 from .boards import Board
 from .deliverables import Line, check_file, checklist, part_summary
 from .parts import STEPS, Part, holding, parts_of, read_steps
 from .run_pages import write_run_page
+from .run_records import KIND
 from .settings import PipelineSettings
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #f4e02570
@@ -68,13 +69,13 @@ def _artifacts(part: Part) -> dict[str, Path]:
     there = [part.folder / name for name in left if (part.folder / name).is_file()]
     return {path.relative_to(part.run).as_posix(): path for path in there}
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #df5ebaba
+# %% ../../nbs/workflow/53_pipeline.ipynb #bfae0140
 def _manifest(folder: Path, settings: PipelineSettings, parts: Sequence[Part], results: dict[str, Any]) -> None:
     artifacts = {name: path for part in parts for name, path in _artifacts(part).items()}
     timings = {part.name: {n: r.get("seconds") for n, r in read_steps(part).items()} for part in parts}
     write_manifest(
         folder / "manifest.json",
-        "pipeline",
+        KIND,
         settings=as_parameters(settings),
         seed=settings.seed,
         data={part.name: _data_of(part) for part in parts},
@@ -211,7 +212,7 @@ def _conclude(folder: Path, settings: PipelineSettings, parts: Sequence[Part], s
     own = [check_file(folder / name, name) for name in _OF_RUN]
     return PipelineRun(folder, summary, [*own, *(Line(**line) for line in summary["checklist"])])
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #5eef5017
+# %% ../../nbs/workflow/53_pipeline.ipynb #b3273c75
 def _numbers(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
     def of(part: dict[str, Any]) -> dict[str, float]:
         both = {**(part["metrics_test"] or {}), **(part["backtest"] or {})}
@@ -221,21 +222,29 @@ def _numbers(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _index(db: Any, folder: Path, settings: PipelineSettings, begun: datetime, summary: dict[str, Any] | None) -> None:
+    engine = connect(db)
+    known = find_run(engine, folder.name)
     ended = {"finished_at": datetime.now(UTC), "peak_memory_mb": summary["peak_memory_mb"]} if summary else {}
-    about = {
-        "run_id": folder.name,
-        "kind": "pipeline",
-        "folder": str(folder),
-        "created_at": begun,
-        "seed": settings.seed,
-    }
+    about = {"run_id": folder.name, "kind": KIND, "folder": str(folder), "seed": settings.seed}
+    about["created_at"] = known["created_at"] if known else begun
     state = {"status": summary["status"] if summary else "running", "git_commit": (git_state() or {}).get("commit")}
     metrics = _numbers(summary) if summary else {}
-    engine = connect(db)
     record_run(engine, about | state | ended | {"settings": as_parameters(settings), "metrics": metrics})
     engine.dispose()
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #e7157028
+# %% ../../nbs/workflow/53_pipeline.ipynb #b37b54c0
+def _parts(settings: PipelineSettings, folder: Path) -> list[Part]:
+    """The parts of the run; ConfigError if one is to forecast labels."""
+    for part in (parts := parts_of(settings, folder)):
+        target = part.settings.labels.target_col
+        if target in ("return", "label"):
+            todo = (
+                "Use log_return, log_close or close; or `kallos-run data`, then `tune --splits` and `train --splits`."
+            )
+            raise ConfigError(f"{part.name}: the pipeline forecasts prices, not labelled tables", target, todo)
+    return parts
+
+# %% ../../nbs/workflow/53_pipeline.ipynb #52297fba
 def settings_of_run(
     reports: Path,  # folder of all runs
     run_id: str,  # of a run
@@ -245,7 +254,7 @@ def settings_of_run(
     found = read_json(path, what="manifest of the run")
     return PipelineSettings.from_values(found["settings"], source=str(path))
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #8faf10ef
+# %% ../../nbs/workflow/53_pipeline.ipynb #efe54b8c
 def run_pipeline(
     settings: PipelineSettings,  # of the run
     *,
@@ -257,7 +266,7 @@ def run_pipeline(
     """The run, which has ended well or not; ConfigError on a taken name, ArtifactError on none to resume."""
     begun = datetime.now(UTC)
     folder = _folder(settings, run_id or new_run_id(settings, begun), resume)
-    parts = parts_of(settings, folder)
+    parts = _parts(settings, folder)
     with holding(folder, patience=30.0 if resume else 0.0):
         _index(db, folder, settings, begun, None)
         _manifest(folder, settings, parts, {})
@@ -271,7 +280,7 @@ def run_pipeline(
         _index(db, folder, settings, begun, summary)
     return run
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #33c535b9
+# %% ../../nbs/workflow/53_pipeline.ipynb #e5518480
 def _watched(parts: Sequence[Part], db: Any, at_once: int, quiet: bool) -> dict[str, int]:
     log_event("begins", parts=[part.name for part in parts])
     codes: dict[str, int] = {}
