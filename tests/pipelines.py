@@ -50,12 +50,12 @@ def summary(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text(encoding="utf8"))
 
 
-def finished_run(folder: Path) -> Path:
+def finished_run(folder: Path, parts: tuple[str, ...]) -> Path:
     """A run of the showcase's settings that was never stopped; made once, by whichever test process comes first."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         run = folder / "reports" / "whole"
         if not (run / "summary.json").exists():
             with_market(folder)
-            kallos(folder, "all", "--config", SHOWCASE, "--run-id", "whole")
+            kallos(folder, "all", "--config", SHOWCASE, "--run-id", "whole", "--timeframes", ",".join(parts))
     return run
