@@ -376,7 +376,7 @@ def test_the_next_command_names_the_database_but_no_password(in_process, market,
     code, said = in_process("tune", *RUN, "--db-url", url)
     assert code == 0 and f"--db-url {url}\n" in said, said
     assert in_process.runs[0][3] == url
-    monkeypatch.setattr(run_commands, "_check_run", lambda kind, settings, db_url: None)
+    monkeypatch.setattr(run_commands, "_check_run", lambda settings, db_url: None)
     code, said = in_process("tune", *RUN, "--db-url", f"postgresql://me:{SECRET}@host/name")
     assert code == 0 and '--db-url "$URL"\n' in said and SECRET not in said, said
 
