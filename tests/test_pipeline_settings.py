@@ -102,7 +102,10 @@ REFUSED = {
         "model:\n  search_space:\n    dropuot: 0.1\n",
         "line 4: model.search_space.dropuot: no such hyperparameter of gru; did you mean dropout?",
     ),
-    "no range": ("model: {search_space: {dropout: {low: 1, high: 0}}}\n", "{low, high, log, step} with low below high"),
+    "no range": (
+        "model: {search_space: {dropout: {low: 1, high: 0}}}\n",
+        "search_space.dropout: must have low below high",
+    ),
     "a class from a number": (
         "labels: {target_col: label}\nbacktest: {signal: probability}\n",
         "line 2: model.name: gru forecasts numbers, not classes",

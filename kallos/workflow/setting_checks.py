@@ -9,7 +9,6 @@ __all__ = ['impossible']
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
