@@ -121,7 +121,6 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "all_commands": (
             "RunFailed",
-            "RunInterrupted",
             "all_",
             "all_app",
         ),

@@ -2,7 +2,6 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url': '', 'lib_path': 'kallos'},
   'syms': { 'kallos.all_commands': { 'kallos.all_commands.RunFailed': ('all_commands.html#runfailed', 'kallos/all_commands.py'),
-                                     'kallos.all_commands.RunInterrupted': ('all_commands.html#runinterrupted', 'kallos/all_commands.py'),
                                      'kallos.all_commands._leave': ('all_commands.html#_leave', 'kallos/all_commands.py'),
                                      'kallos.all_commands._reports': ('all_commands.html#_reports', 'kallos/all_commands.py'),
                                      'kallos.all_commands._settings': ('all_commands.html#_settings', 'kallos/all_commands.py'),
