@@ -339,7 +339,7 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
     page = write_page(tmp_path / "backtest.html", {"one": go.Figure()}, **words)
     before = file_hash(page)
     monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ConfigError, match="No space"):
         write_page(page, {"two": go.Figure()}, **words)
     assert file_hash(page) == before and not [*tmp_path.glob(".*")]
 
