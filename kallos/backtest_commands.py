@@ -56,7 +56,7 @@ _ACCOUNT = """forecasts capital account_market maker_fee taker_fee half_spread s
 slippage_volume volume_limit borrow_rate leverage maintenance_margin liquidation_fee min_notional tick lot delay"""
 _STRATEGY = """trade_by entry entry_probability entry_rank rank_history hysteresis holding leave side stop_at
 take_profit_at trail_by sizing fraction target_volatility sizing_window kelly_share largest_fraction"""
-_RUN = "in_sample seen_until n_shuffles no_sensitivity threads seed results_path db_url no_report"
+_RUN = "in_sample seen_until last_date n_shuffles no_sensitivity threads seed results_path db_url no_report"
 
 # %% ../nbs/59h_backtest_commands.ipynb #b7a4b1d6
 @command(

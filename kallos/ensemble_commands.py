@@ -47,7 +47,8 @@ def _settings(given: dict[str, Any]) -> "EnsembleSettings":
     return settings
 
 # %% ../nbs/59e_ensemble_commands.ipynb #68fcb444
-_BASES = "asset_id models end_date splits params_files method weighting penalty holdout_share name timeframe target_col"
+_BASES = """asset_id models start_date end_date splits params_files method weighting penalty holdout_share name
+timeframe target_col"""
 _SPLITS = "feature_groups horizon scheme n_splits n_groups n_test_groups refit_every first_train_share train_window"
 _FIT = """embargo max_epochs patience exact train_stride max_samples_per_epoch seed device precision n_jobs
 dask_scheduler output_path db_url"""

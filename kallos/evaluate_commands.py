@@ -64,8 +64,8 @@ def _tell(settings: "EvaluateSettings") -> None:
         tell_next("kallos-run fetch, or an earlier --end-date at the next tuning, so that rows are left to test on")
 
 # %% ../nbs/59f_evaluate_commands.ipynb #0fa4da98
-_MODEL = """ensemble model_name asset_id end_date splits params_file timeframe target_col feature_groups horizon seed
-device precision"""
+_MODEL = """ensemble model_name asset_id start_date end_date last_date splits params_file timeframe target_col
+feature_groups horizon seed device precision"""
 _SPLITS = "schemes n_splits n_groups n_test_groups refit_every first_train_share train_window embargo"
 _FIT = "n_epochs max_epochs patience exact train_stride max_samples_per_epoch gradient_clip batch_size"
 _VERDICT = "n_jobs dask_scheduler fee level importance_repeats optuna_schema output_path db_url no_report"

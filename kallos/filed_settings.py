@@ -42,6 +42,14 @@ def file_settings(
     return read_settings(given["config"], overrides=typed)
 
 # %% ../nbs/58c_filed_settings.ipynb #28ed6e30
+def _inside(rows: Any, data: Any, timeframe: str) -> Any:
+    """Of the times at which rows are known, whether their bars lie within the span of the data."""
+    from kallos.core.columns import timeframe_delta
+
+    after = rows >= (data.start + timeframe_delta(timeframe) if data.start else rows.iloc[0])
+    return after & (rows <= (data.end or rows.iloc[-1]))
+
+# %% ../nbs/58c_filed_settings.ipynb #e5c7ab12
 def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url: str | None) -> tuple[Any, int | None]:
     """The boundary, and the number of rows up to it; of labelled tables neither."""
     if where["splits"]:
@@ -56,6 +64,9 @@ def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url:
         rows = read_features(engine, asset_id=where["asset_id"], timeframe=where["timeframe"], columns=[])["ts"]
     finally:
         engine.dispose()
+    rows = rows[_inside(rows, settings.data, where["timeframe"])]
+    if rows.empty:
+        raise ConfigError("no stored row lies between data.start and data.end", next_step="Name a wider span.")
     try:
         end = parse_moment(given.get("end_date") or end_date_of(settings, rows.iloc[0], rows.iloc[-1]))
     except ValueError as error:

@@ -35,7 +35,6 @@ _SHARED = {
 # %% ../nbs/59_options.ipynb #dcdf5c18
 _RUN = {
     "model_name": option(str, "gru, lstm, rnn, transformer, tcn, nbeats, nhits, tide, ..., linear.", "gru"),
-    "end_date": option(str, "The last moment tuning and training may see, UTC, e.g. 2023-01-01."),
     "target_col": option(str, "log_return, close or log_close; of --splits return or label.", "log_return"),
     "feature_groups": option(str, "Features by way of scaling: JSON or a YAML file.", "as in config/train.yaml"),
     "horizon": option(int, "Bars ahead.", "1"),
@@ -52,6 +51,13 @@ _RUN = {
     "splits": option(Path, "Labelled tables that `data` left; they also say asset, timeframe, features and end date."),
     "output_path": option(Path, "Folder of the results.", "the working folder"),
     "no_report": flag("--no-report", "Call the functions alone, no notebook."),
+}
+
+# %% ../nbs/59_options.ipynb #d47e5a01
+_DATES = {
+    "start_date": option(str, "No bar opens before this moment, UTC.", "the first bar"),
+    "end_date": option(str, "The last moment tuning and training may see, UTC, e.g. 2023-01-01."),
+    "last_date": option(str, "The last moment of the data that are judged or traded, UTC.", "the last bar"),
 }
 _TRAIN = {
     "params_file": option(Path, "What tune wrote; it also says timeframe, target, horizon and features."),
@@ -186,7 +192,9 @@ _WORKERS = {
 
 # %% ../nbs/59_options.ipynb #d0c70ad1
 _JUDGED = _VALIDATION | _EVALUATION | _ENSEMBLE | _AUDIT | _ACCOUNT | _STRATEGY | _BACKTEST
-OPTIONS: dict[str, Any] = _SHARED | DATA | _RUN | _TRAIN | _TUNE | _JUDGED | _WORKERS | INFERENCE | RUNS_OPTIONS
+OPTIONS: dict[str, Any] = (
+    _SHARED | DATA | _RUN | _DATES | _TRAIN | _TUNE | _JUDGED | _WORKERS | INFERENCE | RUNS_OPTIONS
+)
 
 # %% ../nbs/59_options.ipynb #15eee451
 class Interrupted(KallosError):

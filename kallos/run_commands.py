@@ -87,9 +87,9 @@ def _run(kind: str, settings: "RunSettings", db_url: str | None, no_report: bool
 
 # %% ../nbs/59c_run_commands.ipynb #06a069eb
 _ALL_RUNS = (
-    "model_name asset_id end_date splits config timeframe target_col feature_groups horizon seed device precision"
+    "model_name asset_id start_date end_date splits config timeframe target_col feature_groups horizon seed device"
 )
-_EPOCHS = "exact train_stride max_samples_per_epoch growing_epochs gradient_clip batch_size"
+_EPOCHS = "precision exact train_stride max_samples_per_epoch growing_epochs gradient_clip batch_size"
 _TUNE = "n_trials timeout study_name optuna_schema folds val_length train_window embargo max_epochs patience"
 _WORKERS = "early_stopping_on pruner sampler search_space n_jobs deterministic dask_scheduler gpus"
 _THE_REST = "output_path db_url no_report"

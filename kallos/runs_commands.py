@@ -197,13 +197,18 @@ def _tell(found: "Reproduction") -> None:
         typer.echo(f"\nThe second run: {found.again}")
 
 # %% ../nbs/59o_runs_commands.ipynb #b0a89027
-def _run_again(db: str | None) -> Any:
+def _run_again(first: Any, db: str | None) -> Any:
+    """What runs the settings of a manifest anew, on data that end where those of the first run did."""
+    from kallos.core.config import parse_moment
     from kallos.workflow.pipeline import run_pipeline
     from kallos.workflow.settings import PipelineSettings
 
+    data = {part: records["bars"] for part, records in first.manifest["data"].items() if "bars" in records}
+    ends = {part: parse_moment(bars["end"]) for part, bars in data.items() if bars["end"] is not None}
+
     def run(settings: dict[str, Any], run_id: str) -> Path:
         checked = PipelineSettings.from_values(settings, source="the manifest")
-        return run_pipeline(checked, db=db, run_id=run_id).folder
+        return run_pipeline(checked, db=db, run_id=run_id, data_ends=ends).folder
 
     return run
 
@@ -223,7 +228,7 @@ def reproduce(
     from kallos.workflow.run_records import open_run
 
     run, db = open_run(_reports(given), given["run_id"]), given.get("db_url")
-    found = repeat(run, db=db, run_again=_run_again(db))
+    found = repeat(run, db=db, run_again=_run_again(run, db))
     _tell(found)
     if not found.same:
         raise NotReproduced(f"{run.run_id} was not reproduced", next_step="The lines above say what differs.")

@@ -46,9 +46,8 @@ def _tell(run: "CrossValidation", sentence: str, pages: list[Path], params_file:
     tell_next("kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included")
 
 # %% ../nbs/59d_validation_commands.ipynb #4b79893b
-_MODEL = (
-    "model_name asset_id end_date splits params_file timeframe target_col feature_groups horizon seed device precision"
-)
+_MODEL = """model_name asset_id start_date end_date splits params_file timeframe target_col feature_groups horizon seed
+device precision"""
 _FIT = """embargo max_epochs patience exact train_stride max_samples_per_epoch gradient_clip batch_size n_jobs
 dask_scheduler output_path db_url"""
 _EXAMPLE = "--asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json"

@@ -13,9 +13,11 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 
 from kallos.models.datasets import load_features_from_db
+from kallos.models.parameters import read_params
 from kallos.models.trainer import load_trained
 
 pytestmark = pytest.mark.slow
@@ -104,13 +106,21 @@ def test_tune_and_train_with_their_reports(tmp_path, postgres_url, postgres_kwar
 def test_no_report_leaves_the_study_in_the_output_path(market):
     folder, url = market
     what = ["--model-name", "linear", "--end-date", END, "--output-path", "out", "--no-report"]
-    kallos_run(folder, url, "tune", *what, "--n-trials", "2", "--folds", "2")
+    kallos_run(folder, url, "tune", *what, "--n-trials", "2", "--folds", "2", "--start-date", "2020-01-01")
     params = ["--params-file", "out/linear_BTC_best_params.json"]
     kallos_run(folder, url, "train", *what, *params)
     made = {path.name for path in (folder / "out").iterdir()}
     assert {"linear_BTC_best_params.json", "optuna.db", "linear_BTC.pt", "linear_BTC_scaler.pkl"} <= made
     assert not list((folder / "out").glob("*.ipynb"))
-    load_trained(folder / "out" / "linear_BTC_manifest.json")
+    manifest = load_trained(folder / "out" / "linear_BTC_manifest.json")[2]
+    assert manifest["data"]["features"]["first"].startswith("2020-01-03")  # the first return, known at the second close
+    judged = ["--schemes", "cv", "--n-splits", "2", "--importance-repeats", "0", "--last-date", "2022-07-01"]
+    kallos_run(folder, url, "evaluate", *what, *params, *judged)
+    forecasts = pd.read_parquet(folder / "out" / "linear_BTC_evaluation" / "test_forecasts.parquet")
+    assert forecasts["target_ts"].max() == pd.Timestamp("2022-07-01", tz="UTC")
+    assert read_params(folder / params[1])["start_date"].startswith("2020-01-01")
+    said = kallos_run(folder, url, "tune", *what, "--start-date", "2022-02-01", code=2)
+    assert "start_date must be before end_date, 2022-01-01 00:00" in said
 
 
 @pytest.fixture

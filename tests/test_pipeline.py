@@ -16,6 +16,7 @@ import pytest
 
 from kallos.core.runs import file_hash, read_json, verify_manifest
 from kallos.data.run_index import list_runs
+from kallos.data.store import read_bars, write_bars
 from kallos.data.tables import connect
 from kallos.workflow.deliverables import checklist
 from kallos.workflow.part_runs import read_part
@@ -68,8 +69,17 @@ def test_a_file_that_was_changed_or_lost_is_found_by_the_checklist(whole, tmp_pa
     assert {*wrong} == {f"1d/{name}" for name in ("trades.csv", "model.pt", "equity_curve.png", "tune.ipynb", "bundle")}
 
 
-def test_a_finished_run_that_is_resumed_keeps_everything(whole, tmp_path):
+def market_goes_on(folder: Path) -> None:
+    """Adds the bars of a further day to the folder's database."""
+    engine, key = connect(f"sqlite:///{folder / 'kallos.db'}"), {"asset_id": "BTC", "timeframe": "12h"}
+    last = read_bars(engine, **key).tail(2)
+    write_bars(engine, last.assign(ts=last["ts"] + pd.Timedelta("1d")), **key)
+    engine.dispose()
+
+
+def test_a_finished_run_that_is_resumed_keeps_everything_though_the_market_goes_on(whole, tmp_path):
     folder = shutil.copytree(whole.parents[1], tmp_path / "copy")
+    market_goes_on(folder)
     before = {path: path.stat().st_mtime_ns for path in (folder / "reports" / "whole").rglob("model.pt")}
     assert len(before) == len(PARTS)
     p.kallos(folder, "all", "--resume", "whole")
@@ -165,10 +175,11 @@ def test_a_run_that_was_killed_ten_times_ends_as_if_it_never_had_been(whole, tmp
 @pytest.mark.timeout(0)
 def test_a_run_can_be_reproduced_until_a_bar_changes(both, tmp_path):
     folder = shutil.copytree(both.parents[1], tmp_path / "copy")
-    assert "no difference" in p.kallos(folder, "reproduce", "whole").lower()
+    market_goes_on(folder)
+    assert "gives the same numbers again, to the last bit, in 12h, 1d" in p.kallos(folder, "reproduce", "whole")
     with closing(sqlite3.connect(folder / "kallos.db")) as database, database:
         database.execute(
-            "UPDATE bars SET volume = volume * 1.01 WHERE timeframe = '12h' AND ts = (SELECT MAX(ts) FROM bars)"
+            "UPDATE bars SET volume = volume * 1.01 WHERE timeframe = '12h' AND ts = (SELECT MAX(ts) FROM bars WHERE timeframe = '1d')"
         )
     said = p.kallos(folder, "reproduce", "whole", code=5)
     assert "12h bars" in said

@@ -290,7 +290,7 @@ def test_training_evaluation_and_backtest_get_the_defaults_of_their_commands(fil
     assert made == BacktestSettings.from_values(traded)
 
 
-def test_what_is_set_reaches_the_step():
+def test_what_is_set_reaches_the_step(file):
     values = {
         "labels": {"horizon": 3, "kind": "forward_return", "profit_taking": 2},
         "training": {"gradient_clip": 1.5, "batch_size": 16, "max_samples_per_epoch": 99},
@@ -298,6 +298,7 @@ def test_what_is_set_reaches_the_step():
         "model": {"search_space": {"dropout": 0.1}},
         "workers": {"n_jobs": 2, "gpus": 1},
         "split": {"val_share": 0.3, "embargo": 5},
+        "data": {"start": "2021-02-03", "end": "2024-05-06"},
         "seed": 9,
     }
     settings = PipelineSettings.from_values({"assets": ["BTC"]} | values)
@@ -305,12 +306,16 @@ def test_what_is_set_reaches_the_step():
     for name, value in {
         "horizon": 3, "gradient_clip": 1.5, "batch_size": 16, "max_samples_per_epoch": 99, "sampler": "random",
         "growing_epochs": True, "optuna_schema": "mine", "search_space": {"dropout": 0.1}, "n_jobs": 2, "gpus": 1,
-        "embargo": 5, "seed": 9,
+        "embargo": 5, "seed": 9, "start_date": datetime(2021, 2, 3, tzinfo=UTC),
     }.items():  # fmt: skip
         assert getattr(study, name) == value, name
     tables = data_settings(settings, **WHERE)
     assert (tables.horizons, tables.labels, tables.profit_taking, tables.embargo) == ((3,), "forward_return", 2, 5)
     assert (round(tables.train_share, 9), tables.val_share, tables.end_date) == (0.7, 0.3, END)
+    end = datetime(2024, 5, 6, tzinfo=UTC)
+    judged = evaluate_settings(settings, **WHERE, params_file=file('{"hyperparameters": {}}', "best.json"))
+    assert (judged.start_date, judged.last_date) == (study.start_date, end)
+    assert backtest_settings(settings, forecasts=Path("f.parquet"), folder=Path("out")).last_date == end
 
 
 def test_the_boundary_is_a_day_or_what_was_named():

@@ -218,8 +218,27 @@ def test_own_features_must_be_readable(url, tmp_path):
     assert lines(flown(url, {"data.own_features": str(tmp_path / "none.py")}))["own features"].status == "BLOCKED"
 
 
-def test_bars_outside_the_named_span_block(url):
-    assert lines(flown(url, {"data.start": "2019-01-01"}))["data"].status == "BLOCKED"
+def test_bars_outside_the_named_span_are_not_looked_at(url):
+    run_sql(url, f"UPDATE bars SET close = NULL WHERE ts = {moment(5)}")
+    assert lines(flown(url, fix=False))["values"].status == "BLOCKED"
+    span = {"data.start": "2018-06-01", "data.end": "2021-06-01"}
+    flight = flown(url, span, fix=False)
+    found = lines(flight)
+    assert found["values"].status == "OK" and "1,096 bars" in found["values"].text
+    assert "2018-06-03 00:00 to 2021-06-01 00:00" in found["end date"].text  # the first return needs two closes
+    assert f"{flight.end_date:%Y-%m-%d}" == "2020-10-25"  # a fifth of the span is left to test on
+    assert lines(flown(url, {"data.start": "2030-01-01"}))["settings"].status == "BLOCKED"
+
+
+def test_longer_bars_go_as_far_as_shorter_ones(url):
+    engine, half = connect(url), sample_bars(timeframe="12h", start="2018-01-01", end="2022-01-10")
+    write_bars(engine, half, asset_id="BTC", timeframe="12h")
+    engine.dispose()
+    found = lines(flown(url, fix=False))["data"]
+    assert found.status == "BLOCKED" and "shorter ones reach further" in found.text
+    assert "made 10 bars of 1d" in lines(flown(url))["data"].text
+    assert lines(flown(url, fix=False))["data"].status == "OK"
+    assert bars_of(url)[: len(BARS)].equals(BARS[bars_of(url).columns])
 
 
 def test_a_device_that_is_not_there_blocks(url):

@@ -171,6 +171,7 @@ class _Question(Settings):
 
     asset_id: Name = Field(description="instrument on one venue, as named at ingest, e.g. BTC")
     timeframe: Timeframe = Field("1d", description="length of a bar, e.g. 15m, 1h, 4h, 1d")
+    start_date: Moment | None = Field(None, description="no bar opens before this moment, UTC; from the first if none")
     end_date: Moment = Field(description="the last moment tuning and training may see, UTC")
     model_name: Name = Field("gru", description="one of kallos.models.architectures.MODELS")
     target_col: Literal["close", "log_close", "log_return", "return", "label"] = Field(
@@ -181,9 +182,13 @@ class _Question(Settings):
     feature_groups: Groups = Field(FeatureGroups(), description="features by the way in which they are scaled")
 
     @model_validator(mode="after")
-    def _labels_come_from_tables(self) -> Self:
+    def _rows_come_from_one_place(self) -> Self:
         if (self.splits is None) == (self.target_col in ("return", "label")):
             raise ValueError("return and label are the targets of the tables in `splits`, and the only ones there")
+        if self.splits is not None and self.start_date is not None:
+            raise ValueError("start_date has no meaning beside splits: labelled tables begin where they were made to")
+        if self.start_date is not None and self.start_date >= self.end_date:
+            raise ValueError(f"start_date must be before end_date, {self.end_date:%Y-%m-%d %H:%M}")
         return self
 
 # %% ../../nbs/core/02_config.ipynb #bb289cd6

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from pydantic import Field
 
 from ..core.columns import timeframe_delta
-from ..core.config import Workers, find_file
+from ..core.config import Moment, Workers, find_file
 from ..core.errors import ConfigError, DataError
 from ..core.schemas import FORECASTS, check_table
 from ..data.assets import list_assets
@@ -40,6 +40,7 @@ class BacktestSettings(AccountSettings, StrategySettings):
     fraction: float | None = Field(None, gt=0, le=125, description="share of equity an asset; equal parts if none")
     in_sample: bool = Field(False, description="trade rows that the model has seen, and mark every figure")
     seen_until: str | None = Field(None, description="the last moment that was seen, where no manifest says it")
+    last_date: Moment | None = Field(None, description="no bar that closes after this moment is read, UTC; all if none")
     n_shuffles: int = Field(50, ge=0, le=10_000, description="twins whose forecasts stand at another time")
     sensitivity: bool = Field(True, description="the same run over fees, slippage, delay and threshold")
     n_jobs: Workers = Field(1, ge=-1, description="threads of twins and sensitivity; -1: one a core")
@@ -135,10 +136,10 @@ def read_traded(
     engine = connect(db, create=False)
     try:
         for asset, mine in rows.groupby("asset_id", sort=True):
-            bars[asset] = read_bars(engine, asset_id=asset, timeframe=timeframe)
+            bars[asset] = read_bars(engine, asset_id=asset, timeframe=timeframe, end=settings.last_date)
             _check_closes(mine, bars[asset], length)
             window[asset] = _window(bars[asset], rows, length, settings.delay)
-            funding[asset] = read_funding(engine, asset_id=asset)
+            funding[asset] = read_funding(engine, asset_id=asset, end=settings.last_date)
         market = _market(engine, tuple(bars))
     finally:
         engine.dispose()

@@ -7,6 +7,7 @@ __all__ = ['read_ensemble', 'split_by', 'cross_validate_ensemble', 'look_once_en
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #1ca25701
 import json
+from datetime import datetime
 from functools import reduce
 from hashlib import sha256
 from pathlib import Path
@@ -87,9 +88,11 @@ def cross_validate_ensemble(
     return CrossValidation(stack.forecasts, paths_of(stack.forecasts, bases.splitter, bases.ts), bases.splitter, folder)
 
 # %% ../../nbs/evaluation/32i_ensemble_rows.ipynb #6e500036
-def _base_forecasts(base: ValidationSettings, folder: Path, db: Any) -> tuple[pd.DataFrame, str]:
+def _base_forecasts(
+    base: ValidationSettings, folder: Path, db: Any, last_date: datetime | None
+) -> tuple[pd.DataFrame, str]:
     """The base model's forecasts after the end date, and the key of the model."""
-    params, table = read_params(base.params_file), load_all_rows(base, db)
+    params, table = read_params(base.params_file), load_all_rows(base, db, last_date=last_date)
     base = base.model_copy(update={"precision": choose_device(base).precision})
     hyperparameters, n_epochs = hyperparameters_of(base), params.get("n_epochs")
     path = forecast_held_out(base, hyperparameters, table=table, n_epochs=n_epochs, folder=folder)
@@ -114,12 +117,15 @@ def look_once_ensemble(
     *,
     folder: Path,  # keeps the base models' forecasts
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
+    last_date: datetime | None = None,  # the last moment that a row may be known, UTC
 ) -> HeldOut | None:
     """What the rows were forecast to be, and who looked; None if there are too few."""
-    own = ensemble.own
-    if not can_be_tested(load_all_rows(own, db), own, lookback=longest_lookback(ensemble)):
+    own, rows = ensemble.own, load_all_rows(ensemble.own, db, last_date=last_date)
+    if not can_be_tested(rows, own, lookback=longest_lookback(ensemble)):
         return None
-    found = {label: _base_forecasts(ensemble.bases[k], folder, db) for k, label in enumerate(ensemble.labels)}
+    found = {
+        label: _base_forecasts(ensemble.bases[k], folder, db, last_date) for k, label in enumerate(ensemble.labels)
+    }
     tables = _common_rows({label: forecasts for label, (forecasts, _) in found.items()})
     forecasts = combine(align_forecasts(tables, asset_id=ensemble.asset_id), combination, name=ensemble.title)
     key = _digest([key for _, key in found.values()], combination)

@@ -123,11 +123,12 @@ def _importance(settings: EvaluateSettings, db: Any, progress: bool) -> pd.DataF
 
 def _held_out(settings: EvaluateSettings, db: Any) -> tuple[HeldOut | None, pd.DataFrame]:
     """What the rows after the end date were forecast to be, and all rows."""
-    table = load_all_rows(settings, db)
+    table = load_all_rows(settings, db, last_date=settings.last_date)
     if settings.ensemble:
         ensemble, combination = read_ensemble(settings.ensemble)
         split = split_by(ensemble, settings, "cv")
-        return look_once_ensemble(split, combination, folder=evaluation_folder(settings), db=db), table
+        how = {"folder": evaluation_folder(settings), "db": db, "last_date": settings.last_date}
+        return look_once_ensemble(split, combination, **how), table
     scheme, hyperparameters, _, _ = open_validation(of_scheme(settings, "cv"), db)
     folder, how = evaluation_folder(settings), {"table": table, "n_epochs": settings.n_epochs}
     return look_once(scheme, hyperparameters, folder=folder, **how), table
@@ -177,7 +178,8 @@ def _write(evaluation: Evaluation, table: pd.DataFrame) -> None:
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #c9314635
 def _refuse_early(settings: EvaluateSettings, db: Any) -> None:
     """ConfigError on what would be refused after hours of fits."""
-    if settings.ensemble is None and can_be_tested(load_all_rows(settings, db), settings):
+    rows = load_all_rows(settings, db, last_date=settings.last_date)
+    if settings.ensemble is None and can_be_tested(rows, settings):
         check_epochs(settings, settings.n_epochs)
 
 # %% ../../nbs/evaluation/33b_evaluation.ipynb #cb770a43

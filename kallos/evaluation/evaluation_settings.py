@@ -7,13 +7,13 @@ __all__ = ['EvaluateSettings', 'of_scheme', 'evaluation_folder', 'evaluation_set
 
 # %% ../../nbs/evaluation/33a_evaluation_settings.ipynb #a07fe9d4
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import optuna
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from sqlalchemy import inspect
 
-from ..core.config import RunSettings, SchemaName, TuneSettings, as_parameters, find_file, parse_moment
+from ..core.config import Moment, RunSettings, SchemaName, TuneSettings, as_parameters, find_file, parse_moment
 from ..core.errors import ConfigError, KallosError
 from ..core.logs import log_event
 from ..data.database import to_url
@@ -39,6 +39,7 @@ class EvaluateSettings(FoldSettings):
     """The settings of an evaluation."""
 
     ensemble: Path | None = Field(None, description="manifest.json of an ensemble, judged in place of a single model")
+    last_date: Moment | None = Field(None, description="no row known after this moment is judged, UTC; all if none")
     n_epochs: int | None = Field(None, ge=1, description="epochs of the model that the held-out rows judge")
     schemes: Annotated[tuple[str, ...], BeforeValidator(_read_schemes)] = Field(SCHEMES, description="what is run")
     fee: float = Field(0.001, ge=0, lt=1, description="share of the traded amount, on each side")
@@ -52,6 +53,12 @@ class EvaluateSettings(FoldSettings):
         if self.ensemble is None:
             return self.model_name
         return self.ensemble.absolute().parent.name.removesuffix(f"_{self.asset_id}_ensemble")
+
+    @model_validator(mode="after")
+    def _tables_end_by_themselves(self) -> Self:
+        if self.splits is not None and self.last_date is not None:
+            raise ValueError("last_date has no meaning beside splits: labelled tables end where they were made to")
+        return self
 
 # %% ../../nbs/evaluation/33a_evaluation_settings.ipynb #b0171e65
 def of_scheme(

@@ -34,12 +34,15 @@ from ..models.validation import forecast_after
 def load_all_rows(
     settings: FoldSettings,  # asset, timeframe, features and target
     db: dict[str, Any] | str | None = None,  # as in `load_features_from_db`
+    *,
+    last_date: datetime | None = None,  # the last moment that a row may be known, UTC; labelled tables have their own
 ) -> pd.DataFrame:
     """The rows with close, features and target, those after the end date too; DataError if there are none."""
     if settings.splits:
         return load_labelled(settings, with_test=True)
     names = settings.feature_groups.names
-    table = load_features_from_db(settings.asset_id, None, db, timeframe=settings.timeframe, columns=names)
+    how = {"timeframe": settings.timeframe, "columns": names, "start_date": settings.start_date}
+    table = load_features_from_db(settings.asset_id, last_date, db, **how)
     return add_target(table, settings.target_col, timeframe=settings.timeframe)
 
 # %% ../../nbs/evaluation/32h_held_out.ipynb #b730c74c
@@ -121,9 +124,9 @@ def model_key(
     n_epochs: int | None,  # epochs of its fit; networks only
 ) -> str:
     """A digest of what makes a model another one."""
-    values = {name: as_parameters(settings)[name] for name in _MODEL}
+    values = {name: (plain := as_parameters(settings))[name] for name in _MODEL}
     values |= {"hyperparameters": hyperparameters, "n_epochs": n_epochs}
-    values |= {} if settings.gradient_clip is None else {"gradient_clip": settings.gradient_clip}
+    values |= {name: plain[name] for name in ("gradient_clip", "start_date") if name in plain}
     if settings.splits:
         data = TimeSeriesDataContainer.load(settings.splits).manifest["data"]
         values |= {part: data[part]["fingerprint"] for part in ("train", "val")}

@@ -137,7 +137,7 @@ class Verdict:
     forecasts: pd.DataFrame | None  # of the rows after the end date; None if there were too few
 
 
-_SAME = "asset_id timeframe model_name target_col horizon feature_groups end_date seed".split()  # noqa: SIM905
+_SAME = "asset_id timeframe model_name target_col horizon feature_groups start_date end_date seed".split()  # noqa: SIM905
 
 # %% ../../nbs/inference/40b_bundle_sources.ipynb #5e1d8b6d
 def _differs(manifest: dict[str, Any], source: Source) -> list[str]:

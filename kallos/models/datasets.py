@@ -36,6 +36,7 @@ def load_features_from_db(
     *,
     timeframe: str = "1d",  # length of a bar
     columns: list[str] | None = None,  # features to load beside `close`; all if None
+    start_date: str | pd.Timestamp | None = None,  # no bar of a row opens before this moment, UTC
 ) -> pd.DataFrame:
     """The asset's rows known by `end_date`, by rising `ts`; DataError, listing what exists, if there are none."""
     names = None if columns is None else list(dict.fromkeys(["close", *columns]))
@@ -46,6 +47,10 @@ def load_features_from_db(
         _refuse_stale(stale_from(engine, asset_id=asset_id, timeframe=timeframe), end, asset_id, timeframe)
     finally:
         engine.dispose()
+    table = table if start_date is None else table[table["ts"] >= to_utc(start_date) + timeframe_delta(timeframe)]
+    if table.empty:
+        todo = "Name an earlier start, or get more bars."
+        raise DataError(f"no row of {asset_id} in {timeframe!r} begins at or after the start", start_date, todo)
     return _refuse_empty(table.set_index("ts"), columns or [], asset_id)
 
 # %% ../../nbs/models/21_datasets.ipynb #4b77088f
@@ -95,9 +100,8 @@ def load_table(
     """The rows known by the end date, with close, features and target; DataError as in `load_features_from_db`."""
     create_feature_transformer(settings.feature_groups, target_col=settings.target_col)  # refuses unknown features
     names = settings.feature_groups.names
-    table = load_features_from_db(
-        settings.asset_id, settings.end_date, db_kwargs, timeframe=settings.timeframe, columns=names
-    )
+    how = {"timeframe": settings.timeframe, "columns": names, "start_date": settings.start_date}
+    table = load_features_from_db(settings.asset_id, settings.end_date, db_kwargs, **how)
     rows = add_target(table, settings.target_col, timeframe=settings.timeframe)
     if rows.empty:
         todo = "Use a later --end-date, or ingest more bars."

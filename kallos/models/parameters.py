@@ -26,7 +26,7 @@ def read_params(
 
 # %% ../../nbs/models/23b_parameters.ipynb #576eeff4
 _QUESTION = ("model_name", "asset_id", "timeframe", "target_col", "horizon", "feature_groups")
-_EPOCHS = ("n_epochs", "train_stride", "max_samples_per_epoch", "growing_epochs", "gradient_clip")
+_FITTED = ("start_date", "n_epochs", "train_stride", "max_samples_per_epoch", "growing_epochs", "gradient_clip")
 
 
 def merge_params(
@@ -42,7 +42,7 @@ def merge_params(
         todo = "Leave these out, or tune for them; a plain JSON table of hyperparameters serves any question."
         raise ConfigError(f"{params_file} was tuned for something else: {said}", next_step=todo)
     _check_end(found, given, params_file)
-    tuned = {name: found[name] for name in (*_QUESTION, *_EPOCHS) if found.get(name) is not None}
+    tuned = {name: found[name] for name in (*_QUESTION, *_FITTED) if found.get(name) is not None}
     return tuned | given | {"params_file": str(params_file)}
 
 # %% ../../nbs/models/23b_parameters.ipynb #c5c356e4

@@ -137,7 +137,7 @@ def best_params(
 ) -> dict[str, Any]:
     """What the final training needs to know of the best trial; TrainingError if no trial completed."""
     best = best_trial(study)
-    shared = ("model_name", "asset_id", "timeframe", "end_date", "target_col", "horizon", "feature_groups", "seed")
+    shared = "model_name asset_id timeframe start_date end_date target_col horizon feature_groups seed".split()  # noqa: SIM905
     bounds = ("train_stride", "max_samples_per_epoch", "growing_epochs", "gradient_clip")
     names = ("skill", "score_naive", "score_last_epoch", "rmse", "rmse_naive", "rmse_price", "rmse_price_naive")
     values = as_parameters(settings)

@@ -5,7 +5,15 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "preparation": ("Prepared", "prepare_bars", "prepare_features", "register_once", "source_of"),
+        "preparation": (
+            "Prepared",
+            "bars_to_add",
+            "prepare_bars",
+            "prepare_features",
+            "register_once",
+            "source_of",
+            "stored_series",
+        ),
         "checks": ("BAD", "Check", "Status", "as_records", "attempt", "checks_text"),
         "kernels": ("own_kernel",),
         "machine": (
@@ -172,10 +180,12 @@ __getattr__, __dir__, __all__ = lazy(
             "LOOSE",
             "Part",
             "STEPS",
+            "data_end",
             "digest_of",
             "hashes_of",
             "holding",
             "is_current",
+            "keep_data_end",
             "parts_of",
             "read_steps",
             "record_step",

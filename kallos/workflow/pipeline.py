@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ from ..data.run_index import find_run, record_run
 from ..data.tables import connect
 from .boards import Board
 from .deliverables import Line, check_file, checklist, part_summary
-from .parts import STEPS, Part, holding, parts_of, read_steps
+from .parts import STEPS, Part, holding, keep_data_end, parts_of, read_steps
 from .run_pages import write_run_page
 from .run_records import KIND
 from .settings import PipelineSettings
@@ -254,6 +254,12 @@ def settings_of_run(
     found = read_json(path, what="manifest of the run")
     return PipelineSettings.from_values(found["settings"], source=str(path))
 
+
+def _settle_ends(parts: Sequence[Part], data_ends: Mapping[str, datetime]) -> None:
+    for part in parts:
+        if part.name in data_ends:
+            keep_data_end(part, data_ends[part.name])
+
 # %% ../../nbs/workflow/53_pipeline.ipynb #efe54b8c
 def run_pipeline(
     settings: PipelineSettings,  # of the run
@@ -262,25 +268,33 @@ def run_pipeline(
     run_id: str | None = None,  # its name; made of assets and time if None
     resume: bool = False,  # go on with the run of that name
     quiet: bool = False,  # show no board
+    data_ends: Mapping[str, datetime] = {},  # last moments of the data, by part; as they are found if none
 ) -> PipelineRun:
     """The run, which has ended well or not; ConfigError on a taken name, ArtifactError on none to resume."""
     begun = datetime.now(UTC)
     folder = _folder(settings, run_id or new_run_id(settings, begun), resume)
     parts = _parts(settings, folder)
     with holding(folder, patience=30.0 if resume else 0.0):
+        _settle_ends(parts, data_ends)
         _index(db, folder, settings, begun, None)
         _manifest(folder, settings, parts, {})
-        start_log(folder / "run.log", quiet=True)
-        try:
+        with _logging(folder / "run.log"):
             summary = _summary(folder.name, begun, parts, _watched(parts, db, settings.workers.at_once, quiet))
             log_event("ended", status=summary["status"], seconds=summary["seconds"])
-        finally:
-            stop_log()
         run = _conclude(folder, settings, parts, summary)
         _index(db, folder, settings, begun, summary)
     return run
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #e5518480
+@contextmanager
+def _logging(path: Path) -> Iterator[None]:
+    start_log(path, quiet=True)
+    try:
+        yield
+    finally:
+        stop_log()
+
+
 def _watched(parts: Sequence[Part], db: Any, at_once: int, quiet: bool) -> dict[str, int]:
     log_event("begins", parts=[part.name for part in parts])
     codes: dict[str, int] = {}

@@ -95,7 +95,7 @@ def _asked(settings: Any, flight: Preflight, db: Database, folder: Path) -> _Ask
     how = key | {"end_date": end, "folder": folder, "splits": splits}
     space = space_of(tune_settings(settings, **how))
     judged = evaluate_settings(settings, **how, params_file=_params(settings, space, folder))
-    rows = load_all_rows(judged, db)
+    rows = load_all_rows(judged, db, last_date=judged.last_date)
     seen = int((rows.index <= judged.end_date).sum())
     return _Asked(tune_settings(settings, **how, n_rows=None if splits else seen), judged, rows, space)
 
@@ -218,11 +218,11 @@ def _look_at_data(settings: Any, flight: Preflight, db: Database, fix: bool, tol
     if flight.verdict == "BLOCKED":
         return False
     with _open(db) as engine:
-        flight.findings += stored_bar_checks(engine, names, **key, fix=fix, tolerances=tolerances)
+        flight.findings += stored_bar_checks(engine, names, **key, span=settings.data, fix=fix, tolerances=tolerances)
         if flight.verdict == "BLOCKED":
             return False
         flight.findings.append(stored_features_check(engine, names, db=db, **key, own_features=own, fix=fix))
-        bars = read_bars(engine, **key)
+        bars = read_bars(engine, **key, start=settings.data.start, end=settings.data.end)
         flight.end_date = end_date_of(
             settings, bars["ts"].iloc[0], bars["ts"].iloc[-1] + timeframe_delta(flight.timeframe)
         )

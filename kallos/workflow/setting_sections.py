@@ -116,7 +116,7 @@ EvaluationSection = section(
 )
 
 # %% ../../nbs/workflow/46b_setting_sections.ipynb #d5c62da2
-_OF_THE_RUN = {"forecasts", "in_sample", "seen_until", "n_jobs", "seed", "output_path"}
+_OF_THE_RUN = {"forecasts", "in_sample", "seen_until", "last_date", "n_jobs", "seed", "output_path"}
 BacktestSection = section(
     "BacktestSection",
     "The account and the strategy that trade the forecasts of the test rows.",

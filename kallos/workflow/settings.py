@@ -163,8 +163,8 @@ def _shared(s: PipelineSettings, known: dict[str, Any], splits: Path | None) -> 
     values["growing_epochs"] |= s.hpo.pruner == "progressive" and not s.hpo.skip
     if splits is not None:
         del values["end_date"]
-        values = complete_from_splits(values)
-    return values
+        return complete_from_splits(values)
+    return values | {"start_date": s.data.start}
 
 # %% ../../nbs/workflow/48_settings.ipynb #2f5fc304
 _TRAINING = """device precision exact gradient_clip batch_size train_stride max_samples_per_epoch
@@ -236,6 +236,7 @@ def evaluate_settings(
     values |= {name: getattr(s.training, name) for name in ("max_epochs", "patience", "n_epochs")}
     values |= {"n_jobs": s.workers.n_jobs, "dask_scheduler": s.workers.dask_scheduler}
     values |= {"optuna_schema": s.hpo.optuna_schema, "params_file": params_file, "output_path": folder}
+    values |= {"last_date": s.data.end if splits is None else None}
     return evaluation_settings(values, source="the evaluation")
 
 # %% ../../nbs/workflow/48_settings.ipynb #99359844
@@ -247,6 +248,7 @@ def backtest_settings(
 ) -> BacktestSettings:
     """The backtest's settings."""
     values = settings.backtest.model_dump() | {"n_jobs": settings.workers.n_jobs, "seed": settings.seed}
+    values |= {"last_date": settings.data.end}
     return BacktestSettings.from_values(values | {"forecasts": forecasts, "output_path": folder}, source="the backtest")
 
 # %% ../../nbs/workflow/48_settings.ipynb #25b8e5a6

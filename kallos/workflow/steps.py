@@ -21,14 +21,14 @@ from ..core.metrics import score_forecasts
 from ..core.runs import atomic_write, file_hash, fingerprint, read_json, write_json
 
 # %% ../../nbs/workflow/52c_steps.ipynb #3cad3fa3
-from ..data.bars import to_utc
 from ..data.store import read_bars
 from ..data.tables import connect
 from ..evaluation.backtest_settings import BacktestSettings
 from ..evaluation.evaluation_settings import evaluation_folder
 from ..models.tuner import best_params_path
 from .data_fingerprints import data_fingerprints
-from .parts import Part
+from .parts import Part, data_end, keep_data_end
+from .pipeline_settings import PipelineSettings
 from .preflight import run_preflight
 from .preparation import prepare_features
 from .reports import Report, run_notebook
@@ -60,17 +60,27 @@ def _found(work: Work) -> dict[str, Any]:
     return read_json(work.part.steps / "data.json", what="record of the data")
 
 
+def _settings(work: Work) -> PipelineSettings:
+    """Those of the part, with the last moment of the data once it is settled."""
+    own = work.part.settings
+    end = data_end(work.part) or own.data.end
+    return own.model_copy(update={"data": own.data.model_copy(update={"end": end})})
+
+
+def _key(work: Work) -> dict[str, str]:
+    return {"asset_id": work.part.asset_id, "timeframe": work.part.timeframe}
+
+
 def _flat(work: Work, kind: str, **more: Any) -> Settings:
     """The settings of a single command: tune, train or evaluate."""
-    part, found = work.part, _found(work)
-    key = {"asset_id": part.asset_id, "timeframe": part.timeframe, "folder": part.steps}
+    found, folder = _found(work), work.part.steps
     rows = {"n_rows": found["rows_before"]} if kind == "tune" else {}
-    return _FLAT[kind](part.settings, **key, end_date=found["end_date"], **rows, **more)
+    return _FLAT[kind](_settings(work), **_key(work), folder=folder, end_date=found["end_date"], **rows, **more)
 
 # %% ../../nbs/workflow/52c_steps.ipynb #08f958fb
 def _preflight(work: Work) -> dict[str, Path]:
     part = work.part
-    found = run_preflight(part.settings, asset_id=part.asset_id, timeframe=part.timeframe, db=work.db)
+    found = run_preflight(_settings(work), **_key(work), db=work.db)
     kept = write_json(part.steps / "preflight.json", found.as_json())
     if found.verdict == "BLOCKED":
         reasons = "; ".join(one.text for one in found.findings if one.status == "BLOCKED")
@@ -79,14 +89,15 @@ def _preflight(work: Work) -> dict[str, Path]:
 
 # %% ../../nbs/workflow/52c_steps.ipynb #2959736e
 def _data(work: Work) -> dict[str, Path]:
-    part = work.part
-    key = {"asset_id": part.asset_id, "timeframe": part.timeframe}
-    prepare_features(work.db, **key)
-    limits, names = {"start": part.settings.data.start}, part.settings.features.names
-    found = data_fingerprints(work.db, **key, **limits, features=names, end=part.settings.data.end)
-    first, last = (to_utc(found["bars"][name]) for name in ("first", "last"))
-    end = end_date_of(part.settings, first, last + timeframe_delta(part.timeframe))
-    seen = data_fingerprints(work.db, **key, **limits, features=names, end=end)["features"]
+    part, length = work.part, timeframe_delta(work.part.timeframe)
+    prepare_features(work.db, **_key(work))
+    bars = _bars(work)
+    first, last = bars["ts"].iloc[0], bars["ts"].iloc[-1] + length
+    keep_data_end(part, data_end(part) or last.to_pydatetime())
+    data, end = _settings(work).data, end_date_of(_settings(work), first, last)
+    asked = _key(work) | {"features": part.settings.features.names, "start": data.start}
+    found = data_fingerprints(work.db, **asked, end=data.end)
+    seen = data_fingerprints(work.db, **asked, end=end)["features"]
     rows = {"rows_before": seen["rows"], "rows_after": found["features"]["rows"] - seen["rows"]}
     return {"steps/data.json": write_json(part.steps / "data.json", found | {"seen": seen, "end_date": end} | rows)}
 
@@ -153,7 +164,7 @@ def _backtest(work: Work) -> dict[str, Path]:
 def _trading(work: Work) -> BacktestSettings:
     folder = evaluation_folder(_flat(work, "evaluate", params_file=work.params_file))
     forecasts = folder / "test_forecasts.parquet"
-    return backtest_settings(work.part.settings, forecasts=forecasts, folder=work.part.steps)
+    return backtest_settings(_settings(work), forecasts=forecasts, folder=work.part.steps)
 
 # %% ../../nbs/workflow/52c_steps.ipynb #260e77f1
 def _bundle(work: Work) -> dict[str, Path]:
@@ -180,12 +191,18 @@ def _hash(path: Path) -> str | None:
     return file_hash(path) if path.is_file() else None
 
 # %% ../../nbs/workflow/52c_steps.ipynb #c7c3788b
-def _bars_digest(work: Work) -> str | None:
-    """The fingerprint of the stored bars; None if there are none."""
-    key = {"asset_id": work.part.asset_id, "timeframe": work.part.timeframe}
+def _bars(work: Work) -> pd.DataFrame:
+    engine, data = connect(work.db, create=False), _settings(work).data
     try:
-        engine = connect(work.db, create=False)
-        return fingerprint(read_bars(engine, **key))
+        return read_bars(engine, **_key(work), start=data.start, end=data.end)
+    finally:
+        engine.dispose()
+
+
+def _bars_digest(work: Work) -> str | None:
+    """The fingerprint of the bars; None if there are none."""
+    try:
+        return fingerprint(_bars(work))
     except DataError:
         return None
 

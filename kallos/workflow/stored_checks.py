@@ -8,6 +8,7 @@ __all__ = ['mended', 'data_check', 'stored_bar_checks', 'stored_features_check']
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #c906ee4c
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,24 @@ import sqlalchemy as sa
 
 from ..core.columns import BAR_COLUMNS
 from ..core.errors import KallosError
-from ..data.assets import list_assets
 from ..data.database import Database
 from ..data.features import compute_features, feature_info
 from ..data.mending import mend_bars
 from ..data.refresh import refresh_features
 from ..data.store import read_bars, read_features, stale_from, stored_features
 from ..data.tables import connect
+
+# %% ../../nbs/workflow/50n_stored_checks.ipynb #0a1b2c3d
 from .bar_checks import TOLERANCES, Tolerances, bar_checks
 from .checks import Check
-from .preparation import Prepared, prepare_bars, prepare_features, register_once
+from kallos.workflow.preparation import (
+    Prepared,
+    bars_to_add,
+    prepare_bars,
+    prepare_features,
+    register_once,
+    stored_series,
+)
 
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #f767f095
 def mended(
@@ -44,18 +53,24 @@ def mended(
     return Check(fault.name, "FIXED", f"{fault.text}: {', '.join(did.done)}", original=kept)
 
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #72aa18e1
-def _held(db: Database, asset_id: str, timeframe: str) -> Any:
-    """The row of the database about the series, or None."""
+_TIME = "%Y-%m-%d %H:%M"
+
+
+def _held(db: Database, asset_id: str, timeframe: str) -> tuple[Any, int]:
+    """The row of the database about the series, or None; and how many bars shorter ones can add to it."""
     try:
         engine = connect(db, create=False)
     except KallosError as error:
         if "no such database" in str(error) or "no tables of kallos" in str(error):
-            return None
+            return None, 0
         raise
-    found = list_assets(engine)
-    engine.dispose()
-    mine = found[(found["asset_id"] == asset_id) & (found["timeframe"] == timeframe) & (found["bars"] > 0)]
-    return mine.iloc[0] if len(mine) else None
+    try:
+        stored = stored_series(engine, asset_id)
+        mine = stored[stored["timeframe"] == timeframe]
+        more = bars_to_add(engine, stored, timeframe) if len(mine) else None
+    finally:
+        engine.dispose()
+    return (mine.iloc[0] if len(mine) else None), 0 if more is None else len(more)
 
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #ccdbbf90
 def data_check(
@@ -67,26 +82,26 @@ def data_check(
     fix: bool,  # whether lacking bars may be brought in
 ) -> Check:
     """Whether there are bars, which are brought in if they are lacking; DatabaseError if the database is away."""
-    held, what = _held(db, asset_id, timeframe), f"bars of {asset_id} in {timeframe}"
+    (held, more), what = _held(db, asset_id, timeframe), f"bars of {asset_id} in {timeframe}"
+    prepare = partial(prepare_bars, db, asset_id=asset_id, timeframe=timeframe, data=data)
     if held is None:
         named = f"the files {', '.join(data.files)}" if data.files else "shorter bars that are stored"
         fault = Check("data", "BLOCKED", f"there are no {what}", f"Without --no-fix they are made of {named}.")
-        how = {"asset_id": asset_id, "timeframe": timeframe, "data": data}
-        return mended(fault, lambda: prepare_bars(db, **how), fix=fix)
-    said = f"{held['bars']:,} {what}, {held['first']:%Y-%m-%d %H:%M} to {held['last']:%Y-%m-%d %H:%M}"
-    early = data.start is not None and held["first"] < data.start
-    late = data.end is not None and held["last"] >= data.end
-    if early or late:
-        todo = "They are stored already, and all of them are used: give a shorter span an asset of its own."
-        return Check("data", "BLOCKED", f"{said}: more than the settings name", todo)
+        return mended(fault, prepare, fix=fix)
+    said = f"{held['bars']:,} {what}, {held['first']:{_TIME}} to {held['last']:{_TIME}}"
+    if more:
+        fault = Check(
+            "data", "BLOCKED", f"{said}; shorter ones reach further", "Without --no-fix bars are made of them."
+        )
+        return mended(fault, prepare, fix=fix)
     return Check("data", "OK", said)
 
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #abd286f3
 _MENDS = ("values", "duplicates", "stamps")
 
 
-def _lines(engine: sa.Engine, names: list[str], tolerances: Tolerances, key: dict[str, str]) -> list[Check]:
-    bars = read_bars(engine, **key)
+def _lines(engine: sa.Engine, names: list[str], tolerances: Tolerances, key: dict[str, str], span: Any) -> list[Check]:
+    bars = read_bars(engine, **key, start=span.start, end=span.end)
     return [*bar_checks(bars, timeframe=key["timeframe"], names=names, tolerances=tolerances)]
 
 
@@ -113,16 +128,17 @@ def stored_bar_checks(
     *,
     asset_id: str,  # the instrument
     timeframe: str,  # length of a bar
+    span: Any,  # start and end of the bars that are used, each a moment or None
     fix: bool,  # whether faulty bars may be taken to quarantine
     tolerances: Tolerances = TOLERANCES,  # how much of a fault is borne
 ) -> list[Check]:
-    """The lines about the bars, after mending; ConfigError on a feature that is not registered."""
+    """The lines about the bars, after mending; DataError if the span holds none, ConfigError on an unknown feature."""
     key = {"asset_id": asset_id, "timeframe": timeframe}
-    found = _lines(engine, names, tolerances, key)
+    found = _lines(engine, names, tolerances, key, span)
     broken = {one.name: one for one in found if one.is_bad and one.name in _MENDS}
     if not fix or not broken:
         return found
-    again = lambda: _lines(engine, names, tolerances, key)  # noqa: E731
+    again = lambda: _lines(engine, names, tolerances, key, span)  # noqa: E731
     return _after_mending(engine, found, broken, key, again)
 
 # %% ../../nbs/workflow/50n_stored_checks.ipynb #95925377
