@@ -178,9 +178,8 @@ def test_a_run_can_be_reproduced_until_a_bar_changes(both, tmp_path):
     market_goes_on(folder)
     assert "gives the same numbers again, to the last bit, in 12h, 1d" in p.kallos(folder, "reproduce", "whole")
     with closing(sqlite3.connect(folder / "kallos.db")) as database, database:
-        database.execute(
-            "UPDATE bars SET volume = volume * 1.01 WHERE timeframe = '12h' AND ts = (SELECT MAX(ts) FROM bars WHERE timeframe = '1d')"
-        )
+        last = "(SELECT MAX(ts) FROM bars WHERE timeframe = '1d')"
+        database.execute(f"UPDATE bars SET volume = volume * 1.01 WHERE timeframe = '12h' AND ts = {last}")
     said = p.kallos(folder, "reproduce", "whole", code=5)
     assert "12h bars" in said
     assert "1d bars" not in said
