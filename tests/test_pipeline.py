@@ -16,13 +16,14 @@ import pytest
 
 from kallos.core.runs import file_hash, read_json, verify_manifest
 from kallos.data.run_index import list_runs
+from kallos.data.sample import sample_bars
 from kallos.data.store import read_bars, write_bars
 from kallos.data.tables import connect
 from kallos.workflow.deliverables import checklist
 from kallos.workflow.part_runs import read_part
 from kallos.workflow.parts import parts_of
 from kallos.workflow.settings import read_settings
-from kallos.workflow.steps import Work, do_step
+from kallos.workflow.steps import Work, clear_step, do_step
 from tests import pipelines as p
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -222,3 +223,23 @@ def test_noise_in_the_test_rows_changes_nothing_before_the_evaluation(whole, tmp
     assert seen[0]["seen"]["fingerprint"] == seen[1]["seen"]["fingerprint"]
     for name in ("optuna_best.json", "model.pt", "scaler.pkl"):
         assert file_hash(ours / name) == file_hash(part.folder / name), name
+
+
+def test_runs_in_one_postgresql_schema_have_studies_of_their_own(postgres_url, tmp_path):
+    engine = connect(postgres_url)
+    write_bars(engine, sample_bars(timeframe="1d", start="2023-01-01"), asset_id="BTC", timeframe="1d", venue="sample")
+    typed = {"timeframes": ["1d"], "hpo.trials": 2, "hpo.optuna_schema": "pipeline"}
+    works = []
+    for run, more in {"one": {}, "two": {"seed": 1}}.items():
+        part = parts_of(read_settings(p.SHOWCASE, overrides=typed | more), tmp_path / run)[0]
+        works.append(work := Work(part, postgres_url))
+        for step in ("preflight", "data", "tune"):
+            do_step(work, step)
+    best = [read_json(work.part.folder / "optuna_best.json") for work in works]
+    assert [one["study_name"] for one in best] == [f"linear_BTC_1d_log_return_h1_{run}" for run in ("one", "two")]
+    assert best[0]["hyperparameters"] != best[1]["hyperparameters"]
+    assert (works[1].part.folder / "optuna.db").is_file()
+    clear_step(works[1], "tune")
+    do_step(works[1], "tune")
+    again = read_json(works[1].part.folder / "optuna_best.json")
+    assert again == best[1]

@@ -102,7 +102,7 @@ _CLOCK, _PLACE, _MACHINE = "the clock", "where the run lies", "what else the mac
 VOLATILE = {
     **dict.fromkeys(("created_at", "started_at", "finished_at", "at"), _CLOCK),
     **dict.fromkeys(("seconds", "fit_seconds", "timings", "peak_memory_mb"), _MACHINE),
-    **dict.fromkeys(("path", "folder", "params_file", "output_path", "run_id"), _PLACE),
+    **dict.fromkeys(("path", "folder", "params_file", "output_path", "run_id", "study_name"), _PLACE),
 }
 
 

@@ -12,19 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 
 from ..core.columns import timeframe_delta
-from ..core.config import Settings, as_parameters, find_file
+from ..core.config import Settings, TuneSettings, as_parameters, find_file, study_name
 from ..core.errors import DataError
 from ..core.metrics import score_forecasts
 from ..core.runs import atomic_write, file_hash, fingerprint, read_json, write_json
 
 # %% ../../nbs/workflow/52c_steps.ipynb #3cad3fa3
+from ..data.database import to_url
 from ..data.store import read_bars
 from ..data.tables import connect
 from ..evaluation.backtest_settings import BacktestSettings
 from ..evaluation.evaluation_settings import evaluation_folder
+from ..models.storages import study_storage
 from ..models.tuner import best_params_path
 from .data_fingerprints import data_fingerprints
 from .parts import Part, data_end, keep_data_end
@@ -102,12 +105,22 @@ def _data(work: Work) -> dict[str, Path]:
     return {"steps/data.json": write_json(part.steps / "data.json", found | {"seen": seen, "end_date": end} | rows)}
 
 # %% ../../nbs/workflow/52c_steps.ipynb #d43075e3
+def _study(work: Work) -> TuneSettings:
+    settings = _flat(work, "tune")
+    own = {"study_name": f"{study_name(settings)}_{work.part.run.name}"} if _is_shared(work.db) else {}
+    return settings.model_copy(update=own)
+
+
+def _is_shared(db: str | None) -> bool:
+    return to_url(db).get_backend_name() == "postgresql"
+
+
 def _tune(work: Work) -> dict[str, Path]:
     part, best = work.part, work.params_file
     if part.settings.hpo.skip:
         shutil.copyfile(find_file(part.settings.hpo.params_file), best)
         return {"optuna_best.json": best}
-    settings = _flat(work, "tune")
+    settings = _study(work)
     page = run_notebook("tune", settings, output=part.folder / "tune.ipynb", db_url=work.db)
     made = {"optuna.db": part.steps / "optuna.db", "optuna_best.json": best_params_path(settings)}
     return made | _pages(page)
@@ -212,7 +225,7 @@ _OF_DATA = ("data", "split", "features", "labels", "model", "training", "hpo")
 
 def _of_study(work: Work, seen: str) -> dict[str, Any]:
     hpo = work.part.settings.hpo
-    mine = {"params_file": _hash(find_file(hpo.params_file))} if hpo.skip else _plain(_flat(work, "tune"))
+    mine = {"params_file": _hash(find_file(hpo.params_file))} if hpo.skip else _plain(_study(work))
     return {"settings": mine, "seen": seen}
 
 # %% ../../nbs/workflow/52c_steps.ipynb #1fbaafd1
@@ -280,3 +293,10 @@ def clear_step(
     for pattern in _OWN.get(step, ()):
         for path in work.part.steps.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if step == "tune" and _is_shared(work.db) and not work.part.settings.hpo.skip:
+        _forget_study(settings := _study(work), study_storage(settings, work.db))
+
+
+def _forget_study(settings: TuneSettings, storage: optuna.storages.BaseStorage) -> None:
+    if settings.study_name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=settings.study_name, storage=storage)
