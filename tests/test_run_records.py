@@ -336,7 +336,7 @@ def test_the_exit_code_of_a_reproduction_says_whether_it_is_the_same(place, monk
     given = {"run_id": "2024-linear", "reports": place / "reports", "db_url": url_of(place)}
     for seed in (3, 4):
         again = lambda s, run_id, seed=seed: leave_run(url_of(place), s | {"seed": seed}, run_id)  # noqa: E731
-        monkeypatch.setattr(runs_commands, "_run_again", lambda db, again=again: again)
+        monkeypatch.setattr(runs_commands, "_run_again", lambda first, db, again=again: again)
         if seed == 3:
             runs_commands.reproduce(dict(given))
             assert "Yes: 2024-linear gives the same numbers again" in capsys.readouterr().out

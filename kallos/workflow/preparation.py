@@ -81,13 +81,15 @@ def _resample(engine: sa.Engine, stored: pd.DataFrame, timeframe: str) -> Prepar
     if longer.empty:
         problem = f"the {len(bars)} bars of {row['asset_id']} in {row.name!r} make no whole bar of {timeframe}"
         raise DataError(problem, next_step="Get more bars.")
-    return _write(engine, longer, row, timeframe, f"of {len(bars):,} of {row.name}")
+    return _write(engine, longer, row, timeframe, f"of {len(bars):,} of {row.name}", row.name)
 
 
-def _write(engine: sa.Engine, longer: pd.DataFrame, row: pd.Series, timeframe: str, origin: str) -> Prepared:
+def _write(
+    engine: sa.Engine, longer: pd.DataFrame, row: pd.Series, timeframe: str, origin: str, source: str
+) -> Prepared:
     told = {name: None if pd.isna(row[name]) else row[name] for name in ("venue", "market", "quote")}
     write_bars(engine, longer, asset_id=row["asset_id"], timeframe=timeframe, **told)
-    return Prepared([f"made {len(longer):,} bars of {timeframe} {origin}"], ["the bars that they were made of"])
+    return Prepared([f"made {len(longer):,} bars of {timeframe} {origin}"], [f"the bars of {source}"])
 
 # %% ../../nbs/workflow/49_preparation.ipynb #a7d3b2f1
 def bars_to_add(
@@ -112,7 +114,7 @@ def _extend(engine: sa.Engine, asset_id: str, timeframe: str) -> Prepared:
     if longer is None:
         return Prepared()
     row = stored.set_index("timeframe", drop=False).loc[timeframe]
-    return _write(engine, longer, row, timeframe, "that shorter ones have made whole since")
+    return _write(engine, longer, row, timeframe, "that shorter ones have made whole since", "shorter timeframes")
 
 # %% ../../nbs/workflow/49_preparation.ipynb #2af8e2e8
 def prepare_bars(
