@@ -40,8 +40,10 @@ def seconds_left(
     known = [name for name in ended if name in ("tune", "train", "evaluate")]
     spent, thought = sum(steps[n]["seconds"] for n in known), sum(expected.get(n, 0) for n in known)
     off = spent / thought if thought else 1.0
-    left = off * sum(seconds for name, seconds in expected.items() if name not in ended)
-    return max(0.0, left - running_for)
+    left = {name: off * seconds for name, seconds in expected.items() if name not in ended}
+    for name in (name for name in left if steps.get(name, {}).get("status") == "running"):
+        left[name] = max(0.0, left[name] - running_for)
+    return sum(left.values())
 
 # %% ../../nbs/workflow/52g_boards.ipynb #51c55719
 _MARKS = {

@@ -219,7 +219,7 @@ def estimate(
     judged: EvaluateSettings,  # of the evaluation
     spent: float = 0.0,  # seconds that the preflight itself has taken
 ) -> dict[str, Any]:
-    """Seconds of each step, their sum and its range, MiB of the largest process, and the number of workers."""
+    """Seconds of each step, their sum and its range, MiB of the largest process and of all, number of workers."""
     workers = settings.n_jobs if settings.n_jobs > 0 else joblib.cpu_count()
     start = found.start_seconds + found.load_seconds
     work = tune_seconds(found.costs, counts.study, settings) if counts.study else 0.0
@@ -227,9 +227,10 @@ def estimate(
     fixed = {"preflight": spent, "data": found.load_seconds + NOTEBOOK_SECONDS, "tune": tune + NOTEBOOK_SECONDS}
     fixed |= {"backtest": _BACKTEST + NOTEBOOK_SECONDS, "bundle": _BUNDLE}
     each = [_of_winner(found, cost, counts, settings, judged) for cost in found.costs]
-    steps = fixed | {name: float(np.median([one[name] for one in each])) for name in ("train", "evaluate")}
+    steps = fixed | {name: float(np.mean([one[name] for one in each])) for name in ("train", "evaluate")}
     sums = sorted(sum(fixed.values()) + sum(one.values()) for one in each)
     order = ("preflight", "data", "tune", "train", "evaluate", "backtest", "bundle")
     told = {"seconds": {name: round(steps[name], 1) for name in order}, "total_seconds": round(sum(steps.values()), 1)}
     memory = found.memory_mb + max(cost.chunk_mb for cost in found.costs)
-    return told | {"range": [round(sums[0]), round(sums[-1])], "memory_mb": round(memory), "workers": workers}
+    told |= {"range": [round(sums[0]), round(sums[-1])], "memory_mb": round(memory), "workers": workers}
+    return told | {"total_memory_mb": round(workers * memory + found.memory_mb * (2 if workers > 1 else 1))}

@@ -71,7 +71,7 @@ class Peak:
 # %% ../../nbs/workflow/52d_part_runs.ipynb #f43fd1f1
 @contextmanager
 def watching_memory(
-    seconds: float = 0.5,  # from one look to the next
+    seconds: float = 2.0,  # from one look to the next; a look at large processes costs tens of milliseconds
 ) -> Iterator[Peak]:
     """A block in which a thread looks at the memory."""
     peak, over = Peak(), threading.Event()

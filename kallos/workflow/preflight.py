@@ -178,7 +178,7 @@ def _estimate_line(told: dict[str, Any]) -> Check:
     return Check(
         "estimate",
         "OK",
-        f"about {_time_of(told['total_seconds'])} ({span}): {steps}; {told['memory_mb']:,} MiB a process",
+        f"about {_time_of(told['total_seconds'])} ({span}): {steps}; {told['total_memory_mb']:,} MiB in all processes",
     )
 
 # %% ../../nbs/workflow/51_preflight.ipynb #9e9c5462
