@@ -198,17 +198,13 @@ def _tell(found: "Reproduction") -> None:
 
 # %% ../nbs/59o_runs_commands.ipynb #b0a89027
 def _run_again(first: Any, db: str | None) -> Any:
-    """What runs the settings of a manifest anew, on data that end where those of the first run did."""
-    from kallos.core.config import parse_moment
+    """What runs the settings of a manifest anew, as the first run was run."""
     from kallos.workflow.pipeline import run_pipeline
     from kallos.workflow.settings import PipelineSettings
 
-    data = {part: records["bars"] for part, records in first.manifest["data"].items() if "bars" in records}
-    ends = {part: parse_moment(bars["end"]) for part, bars in data.items() if bars["end"] is not None}
-
     def run(settings: dict[str, Any], run_id: str) -> Path:
         checked = PipelineSettings.from_values(settings, source="the manifest")
-        return run_pipeline(checked, db=db, run_id=run_id, data_ends=ends).folder
+        return run_pipeline(checked, db=db, run_id=run_id, like=first.folder).folder
 
     return run
 

@@ -284,6 +284,7 @@ def build_manifest(
     artifacts: Mapping[str, Path] | list[Path] = (),  # files that the run wrote, by name; a list goes by file names
     timings: dict | None = None,  # seconds, by step
     results: dict | None = None,  # the figures worth quoting
+    peak_memory_mb: float | None = None,  # the most memory (MiB) of all processes; of this one if None
 ) -> dict:
     """The record of a run, ready for JSON and free of passwords; ArtifactError if an artifact does not exist."""
     run = {"kind": kind, "settings": settings, "seed": seed, "data": data, "timings": timings, "results": results}
@@ -291,7 +292,7 @@ def build_manifest(
     return mask_secrets(to_plain(mask_secrets(run))) | {
         "schema": 1,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        **surroundings(),
+        **surroundings() | ({} if peak_memory_mb is None else {"peak_memory_mb": peak_memory_mb}),
         "artifacts": {name: _artifact(Path(path), Path(folder)) for name, path in named.items()},
     }
 

@@ -55,7 +55,7 @@ def create_pruner(
 # %% ../../nbs/models/24c_pruning.ipynb #f20cfc14
 def _view(trial: Trial, earlier: Sequence[FrozenTrial]) -> Trial:
     """A trial with the same number, in a study in memory that holds the earlier ones."""
-    view = optuna.create_study(pruner=trial.study.pruner, study_name=trial.study.study_name)
+    view = optuna.create_study(pruner=trial.study.pruner, study_name="view")  # hyperband goes by it
     gap = trial.user_attrs["slot"] - len(earlier)  # hyperband goes by a trial's number
     view.add_trials([*earlier, *[optuna.create_trial(state=TrialState.FAIL)] * gap])
     return view.ask()

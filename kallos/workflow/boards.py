@@ -23,7 +23,7 @@ from .run_pages import seconds_in_words
 # %% ../../nbs/workflow/52g_boards.ipynb #b7f42a15
 def _expected(part: Part) -> dict[str, float]:
     path = part.steps / "preflight.json"
-    return read_json(path)["estimate"]["seconds"] if path.is_file() else {}
+    return read_json(path)["estimate"].get("seconds", {}) if path.is_file() else {}
 
 
 def seconds_left(

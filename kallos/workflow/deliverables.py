@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.errors import KallosError
 from ..core.runs import file_hash, read_json
 from ..core.schemas import FORECASTS, check_table
-from .parts import STEPS, Part, read_steps
+from .parts import STEPS, Part, is_sure, read_steps
 
 # %% ../../nbs/workflow/52e_deliverables.ipynb #ab26fcaf
 _STUDY = ("optuna.db", "tune.ipynb", "tune.html")
@@ -132,12 +132,15 @@ def checklist(
     part: Part,  # of a run
 ) -> list[Line]:
     """A line for each file that the part owes."""
-    left = {name: digest for record in read_steps(part).values() for name, digest in record.get("outputs", {}).items()}
+    sure = [record for record in read_steps(part).values() if is_sure(record)]
+    left = {name: digest for record in sure for name, digest in record["outputs"].items()}
     return [_check_owed(part, name, left) for name in owed_files(part)]
 
 
 def _check_owed(part: Part, name: str, left: Mapping[str, str]) -> Line:
     line, path = check_file(part.folder / name, f"{part.name}/{name}"), part.folder / name
+    if line.ok and path.suffix != ".log" and not any(one.split("/")[0] == name for one in left):
+        return Line(line.path, False, "no step of the run as it is now has made it")
     if line.ok and left.get(name) and file_hash(path) != left[name]:
         return Line(line.path, False, "it has changed since its step left it")
     return line
@@ -147,22 +150,32 @@ def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
+def _state(record: Mapping[str, Any] | None) -> str:
+    return "waiting" if record is None or (record["status"] == "done" and not is_sure(record)) else record["status"]
+
+
 def _status(steps: Mapping[str, Mapping[str, Any]]) -> str:
-    states = [steps[name]["status"] if name in steps else "waiting" for name in STEPS]
+    states = [_state(steps.get(name)) for name in STEPS]
     worst = ("failed", "interrupted", "running")
     found = next((state for state in worst if state in states), None)
     return found or ("done" if {*states} == {"done"} else "waiting")
 
 # %% ../../nbs/workflow/52e_deliverables.ipynb #640d9412
+_FILES = {
+    "evaluate": "metrics_test.json",
+    "backtest": "backtest_metrics.json",
+    "preflight": "steps/preflight.json",
+    "tune": "optuna_best.json",
+}
+
+
 def part_summary(
     part: Part,  # of a run
 ) -> dict[str, Any]:
     """Status, steps, error, verdict and figures of a part, as `summary.json` has them."""
     steps = read_steps(part)
-    shown = {
-        name: {key: record.get(key) for key in ("status", "seconds", "peak_memory_mb")}
-        for name, record in steps.items()
-    }
+    kept = ("seconds", "peak_memory_mb")
+    shown = {n: {"status": _state(r)} | {key: r.get(key) for key in kept} for n, r in steps.items()}
     failed = next(({"step": n} | r["error"] for n in STEPS if (r := steps.get(n, {})).get("error")), None)
     about = {"asset_id": part.asset_id, "timeframe": part.timeframe, "status": _status(steps)}
     return about | {"steps": shown, "error": failed} | _figures(part)
@@ -172,8 +185,9 @@ _TRADED = "sentence total_return buy_and_hold sharpe deflated_sharpe max_drawdow
 
 
 def _figures(part: Part) -> dict[str, Any]:
-    test, traded = _read(part.folder / "metrics_test.json"), _read(part.folder / "backtest_metrics.json")
-    before, best = _read(part.steps / "preflight.json"), _read(part.folder / "optuna_best.json")
+    steps = read_steps(part)
+    found = [_read(part.folder / file) if is_sure(steps.get(step)) else None for step, file in _FILES.items()]
+    test, traded, before, best = found
     return {
         "sentence": test and test["sentence"],
         "has_skill": test and test["has_skill"],

@@ -94,12 +94,17 @@ _BRINGS_BARS = ("preflight", "data")
 
 def _run_step(work: Work, step: str, peak: Peak) -> None:
     part, before = work.part, read_steps(work.part).get(step)
-    inputs = digest_of(inputs_of(work, step))
+    try:
+        inputs = digest_of(inputs_of(work, step))
+    except Exception as error:
+        record_step(part, step, **(before or {"inputs": ""}) | _what_happened(error))
+        raise
     if is_current(part, before, inputs):
+        record_step(part, step, **before | {"doubted": False})
         log_event(f"{step}: kept, nothing that went into it has changed")
         return
-    if before is not None and before["inputs"] != inputs:
-        log_event(f"{step}: begun anew, for what goes into it has changed")
+    if before is None or before["inputs"] != inputs:
+        log_event(f"{step}: {'begun' if before is None else 'begun anew, for what goes into it has changed'}")
         clear_step(work, step)
     record = {"inputs": inputs, "at": datetime.now(UTC).isoformat(timespec="seconds")}
     _do(work, step, record, peak)

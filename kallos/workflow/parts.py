@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'LOOSE', 'Part', 'parts_of', 'data_end', 'keep_data_end', 'digest_of', 'read_steps', 'record_step',
-           'hashes_of', 'is_current', 'holding']
+           'doubt_steps', 'is_sure', 'hashes_of', 'is_current', 'holding']
 
 # %% ../../nbs/workflow/52b_parts.ipynb #fe3ff0c0
 import json
@@ -65,9 +65,10 @@ def parts_of(
 def data_end(
     part: Part,  # of a run
 ) -> datetime | None:
-    """The last moment of the part's data, UTC, as it was settled when they were first read; None before that."""
+    """The last moment of the part's data, UTC, as it was settled for its `data.end`; None before that."""
     path = part.steps / "data_end.json"
-    return parse_moment(read_json(path, what="end of the data")["end"]) if path.is_file() else None
+    found = read_json(path, what="end of the data") if path.is_file() else {"asked": "nothing yet"}
+    return parse_moment(found["end"]) if found["asked"] == to_plain(part.settings.data.end) else None
 
 
 def keep_data_end(
@@ -75,7 +76,7 @@ def keep_data_end(
     end: datetime,  # the last moment of its data
 ) -> None:
     """Settles the end of the data, which stays as it is for as long as the run is there; returns nothing."""
-    write_json(part.steps / "data_end.json", {"end": end})
+    write_json(part.steps / "data_end.json", {"end": end, "asked": part.settings.data.end})
 
 # %% ../../nbs/workflow/52b_parts.ipynb #71e70e82
 def digest_of(
@@ -100,6 +101,24 @@ def record_step(
 ) -> None:
     """Writes the record of a step in place of an earlier one; returns nothing."""
     write_json(part.steps / "state.json", {"steps": read_steps(part) | {step: record}})
+
+# %% ../../nbs/workflow/52b_parts.ipynb #5d0e7c02
+def doubt_steps(
+    part: Part,  # of a run that is begun, or gone on with
+) -> None:
+    """Puts in doubt what is done, and forgets what failed, but not what went into it; returns nothing."""
+    anew = {"doubted": True, "error": None}
+    states = {name: "done" if record["status"] == "done" else "waiting" for name, record in read_steps(part).items()}
+    doubted = {name: record | anew | {"status": states[name]} for name, record in read_steps(part).items()}
+    if doubted:
+        write_json(part.steps / "state.json", {"steps": doubted})
+
+
+def is_sure(
+    record: Mapping[str, Any] | None,  # of a step
+) -> bool:
+    """Whether the step is done, and a result of the run as it is now."""
+    return record is not None and record["status"] == "done" and not record.get("doubted")
 
 # %% ../../nbs/workflow/52b_parts.ipynb #089ddf41
 LOOSE = ("optuna.db",)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -32,7 +32,8 @@ from ..data.run_index import find_run, record_run
 from ..data.tables import connect
 from .boards import Board
 from .deliverables import Line, check_file, checklist, part_summary
-from .parts import STEPS, Part, holding, keep_data_end, parts_of, read_steps
+from .looks import BEFORE
+from .parts import STEPS, Part, doubt_steps, holding, is_sure, parts_of, read_steps
 from .run_pages import write_run_page
 from .run_records import KIND
 from .settings import PipelineSettings
@@ -59,18 +60,17 @@ def _folder(settings: PipelineSettings, run_id: str, resume: bool) -> Path:
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #dc196f26
 def _data_of(part: Part) -> dict[str, Any]:
-    path = part.steps / "data.json"
-    found = read_json(path) if path.is_file() else {}
-    return {name: found[name] for name in ("bars", "features", "seen") if name in found}
+    found = read_json(part.steps / "data.json") if is_sure(read_steps(part).get("data")) else {}
+    return {name: found[name] for name in ("bars", "features", "funding", "seen") if name in found}
 
 
 def _artifacts(part: Part) -> dict[str, Path]:
-    left = [name for record in read_steps(part).values() for name in record.get("outputs", {})]
+    left = [name for record in read_steps(part).values() if is_sure(record) for name in record["outputs"]]
     there = [part.folder / name for name in left if (part.folder / name).is_file()]
     return {path.relative_to(part.run).as_posix(): path for path in there}
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #bfae0140
-def _manifest(folder: Path, settings: PipelineSettings, parts: Sequence[Part], results: dict[str, Any]) -> None:
+def _manifest(folder: Path, settings: PipelineSettings, parts: Sequence[Part], summary: dict[str, Any]) -> None:
     artifacts = {name: path for part in parts for name, path in _artifacts(part).items()}
     timings = {part.name: {n: r.get("seconds") for n, r in read_steps(part).items()} for part in parts}
     write_manifest(
@@ -81,7 +81,8 @@ def _manifest(folder: Path, settings: PipelineSettings, parts: Sequence[Part], r
         data={part.name: _data_of(part) for part in parts},
         artifacts=artifacts,
         timings=timings,
-        results=results,
+        results=_results(summary),
+        peak_memory_mb=summary.get("peak_memory_mb"),
     )
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #70fece7f
@@ -160,7 +161,7 @@ def _settle(part: Part, summary: dict[str, Any], code: int | None) -> dict[str, 
 
 def _unsaid(part: Part, why: str) -> dict[str, Any]:
     steps = read_steps(part)
-    step = next((name for name in STEPS if steps.get(name, {}).get("status") != "done"), STEPS[-1])
+    step = next((name for name in STEPS if not is_sure(steps.get(name))), STEPS[-1])
     message = f"{why}; run_{part.timeframe}.log and steps/output.txt in {part.name} may say more"
     return {"status": "failed", "error": {"step": step, "kind": "Died", "message": message}}
 
@@ -168,16 +169,18 @@ def _unsaid(part: Part, why: str) -> dict[str, Any]:
 _CODES = {"done": 0, "interrupted": 3, "failed": 4}
 
 
-def _summary(run_id: str, begun: datetime, parts: Sequence[Part], codes: dict[str, int]) -> dict[str, Any]:
+def _summary(
+    run_id: str, begun: datetime, parts: Sequence[Part], codes: dict[str, int], at_once: int
+) -> dict[str, Any]:
     told = {part.name: _settle(part, part_summary(part), codes.get(part.name)) for part in parts}
     lines = [line for part in parts for line in checklist(part)]
     states = [one["status"] for one in told.values()]
     status = next((s for s in ("interrupted", "failed") if s in states), "done")
     if status == "done" and not all(line.ok for line in lines):
         status = "failed"
-    peaks = [s["peak_memory_mb"] or 0 for one in told.values() for s in one["steps"].values()]
+    peaks = sorted(max([s["peak_memory_mb"] or 0 for s in one["steps"].values()], default=0) for one in told.values())
     spent = (datetime.now(UTC) - begun).total_seconds()
-    about = {"run_id": run_id, "status": status, "exit_code": _CODES[status], "peak_memory_mb": max(peaks, default=0)}
+    about = {"run_id": run_id, "status": status, "exit_code": _CODES[status], "peak_memory_mb": sum(peaks[-at_once:])}
     times = {"started_at": begun.isoformat(timespec="seconds"), "seconds": round(spent, 1)}
     return about | times | {"parts": told, "checklist": [asdict(line) for line in lines]}
 
@@ -202,12 +205,12 @@ _OF_RUN = ("summary.json", "run.log", "manifest.json", "index.html")
 # %% ../../nbs/workflow/53_pipeline.ipynb #1ec174af
 def _results(summary: dict[str, Any]) -> dict[str, Any]:
     kept = ("status", "sentence", "has_skill", "metrics_test", "backtest", "best")
-    return {name: {key: part[key] for key in kept} for name, part in summary["parts"].items()}
+    return {name: {key: part[key] for key in kept} for name, part in summary.get("parts", {}).items()}
 
 
 def _conclude(folder: Path, settings: PipelineSettings, parts: Sequence[Part], summary: dict[str, Any]) -> PipelineRun:
     write_json(folder / "summary.json", summary)
-    _manifest(folder, settings, parts, _results(summary))
+    _manifest(folder, settings, parts, summary)
     write_run_page(folder, summary)
     own = [check_file(folder / name, name) for name in _OF_RUN]
     return PipelineRun(folder, summary, [*own, *(Line(**line) for line in summary["checklist"])])
@@ -255,10 +258,16 @@ def settings_of_run(
     return PipelineSettings.from_values(found["settings"], source=str(path))
 
 
-def _settle_ends(parts: Sequence[Part], data_ends: Mapping[str, datetime]) -> None:
+_REPEATED = ("data_end.json", BEFORE)
+
+
+def _begin_parts(folder: Path, parts: Sequence[Part], like: Path | None) -> None:
+    write_json(folder / "summary.json", {"run_id": folder.name, "status": "running", "exit_code": None, "parts": {}})
     for part in parts:
-        if part.name in data_ends:
-            keep_data_end(part, data_ends[part.name])
+        doubt_steps(part)
+        for path in [] if like is None else [like / part.name / "steps" / name for name in _REPEATED]:
+            if path.is_file():
+                write_json(part.steps / path.name, read_json(path))
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #efe54b8c
 def run_pipeline(
@@ -268,18 +277,19 @@ def run_pipeline(
     run_id: str | None = None,  # its name; made of assets and time if None
     resume: bool = False,  # go on with the run of that name
     quiet: bool = False,  # show no board
-    data_ends: Mapping[str, datetime] = {},  # last moments of the data, by part; as they are found if none
+    like: Path | None = None,  # folder of a run that is repeated: with its data, and its count of looks
 ) -> PipelineRun:
     """The run, which has ended well or not; ConfigError on a taken name, ArtifactError on none to resume."""
     begun = datetime.now(UTC)
     folder = _folder(settings, run_id or new_run_id(settings, begun), resume)
     parts = _parts(settings, folder)
     with holding(folder, patience=30.0 if resume else 0.0):
-        _settle_ends(parts, data_ends)
+        _begin_parts(folder, parts, like)
         _index(db, folder, settings, begun, None)
         _manifest(folder, settings, parts, {})
         with _logging(folder / "run.log"):
-            summary = _summary(folder.name, begun, parts, _watched(parts, db, settings.workers.at_once, quiet))
+            codes = _watched(parts, db, at_once := settings.workers.at_once, quiet)
+            summary = _summary(folder.name, begun, parts, codes, at_once)
             log_event("ended", status=summary["status"], seconds=summary["seconds"])
         run = _conclude(folder, settings, parts, summary)
         _index(db, folder, settings, begun, summary)

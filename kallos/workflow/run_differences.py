@@ -118,10 +118,13 @@ def _values_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) ->
             places.append((name, old, new))
     return [place for place in places if place]
 
-
+# %% ../../nbs/workflow/55_run_differences.ipynb #55a0b0c1
 def _figures(path: Path) -> dict[str, Any]:
+    best = path.with_name("optuna_best.json")
+    study = read_json(best).get("study_name") if best.is_file() else None  # its name may tell the run
     flat = flatten(read_json(path), lists=True)
-    return {name: value for name, value in flat.items() if not {*name.split(".")} & {*VOLATILE}}
+    plain = {n: v.replace(study, "its own") if study and isinstance(v, str) else v for n, v in flat.items()}
+    return {name: value for name, value in plain.items() if not {*name.split(".")} & {*VOLATILE}}
 
 # %% ../../nbs/workflow/55_run_differences.ipynb #6feda54c
 _PLAIN = (int, float, str, bool, bytes, np.generic, type(None))

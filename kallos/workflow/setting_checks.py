@@ -41,6 +41,12 @@ def _data(s: PipelineFields) -> Iterator[Fault]:
         yield Fault(("split", "end_date"), problem, _shown(boundary), (("data", "start"),))
 
 
+def _files(s: PipelineFields) -> Iterator[Fault]:
+    if s.data.files and len(s.assets) > 1:
+        problem = "holds the bars of one asset: ingest each asset's with `kallos-run ingest`, and name no files"
+        yield Fault(("data", "files"), problem, [*s.data.files], (("assets",),))
+
+# %% ../../nbs/workflow/47_setting_checks.ipynb #47a0b0c1
 def _groups(s: PipelineFields) -> Iterator[Fault]:
     e = s.evaluation
     if "cpcv" in e.schemes and e.n_test_groups >= e.n_groups:
@@ -156,7 +162,7 @@ def _terms(settings: BacktestSettings, market: Keys) -> Iterator[Fault]:
         yield Fault(("backtest", "side"), problem, settings.side, (market, lender))
 
 # %% ../../nbs/workflow/47_setting_checks.ipynb #fa297b33
-_CHECKS = (_data, _groups, _model, _features, _skip, _search_space, _arithmetic, _fit, _signal, _account)
+_CHECKS = (_data, _files, _groups, _model, _features, _skip, _search_space, _arithmetic, _fit, _signal, _account)
 
 
 def _twice(s: PipelineFields) -> Iterator[Fault]:

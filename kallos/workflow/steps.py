@@ -9,6 +9,7 @@ __all__ = ['Work', 'inputs_of', 'do_step', 'clear_step']
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ from ..core.columns import timeframe_delta
 from ..core.config import Settings, TuneSettings, as_parameters, find_file, study_name
 from ..core.errors import DataError
 from ..core.metrics import score_forecasts
-from ..core.runs import atomic_write, file_hash, fingerprint, read_json, write_json
+from ..core.runs import atomic_write, file_hash, read_json, write_json
 
 # %% ../../nbs/workflow/52c_steps.ipynb #3cad3fa3
+from ..data.bars import to_utc
 from ..data.database import to_url
-from ..data.store import read_bars
-from ..data.tables import connect
 from ..evaluation.backtest_settings import BacktestSettings
 from ..evaluation.evaluation_settings import evaluation_folder
 from ..models.storages import study_storage
 from ..models.tuner import best_params_path
 from .data_fingerprints import data_fingerprints
+from .looks import begin_looks, share_looks
 from .parts import Part, data_end, keep_data_end
 from .pipeline_settings import PipelineSettings
 from .preflight import run_preflight
@@ -94,12 +95,13 @@ def _preflight(work: Work) -> dict[str, Path]:
 def _data(work: Work) -> dict[str, Path]:
     part, length = work.part, timeframe_delta(work.part.timeframe)
     prepare_features(work.db, **_key(work))
-    bars = _bars(work)
-    first, last = bars["ts"].iloc[0], bars["ts"].iloc[-1] + length
-    keep_data_end(part, data_end(part) or last.to_pydatetime())
-    data, end = _settings(work).data, end_date_of(_settings(work), first, last)
-    asked = _key(work) | {"features": part.settings.features.names, "start": data.start}
-    found = data_fingerprints(work.db, **asked, end=data.end)
+    asked = _key(work) | {"features": part.settings.features.names, "start": part.settings.data.start}
+    if data_end(part) is None:
+        bars = data_fingerprints(work.db, **asked, end=part.settings.data.end)["bars"]
+        keep_data_end(part, (to_utc(bars["last"]) + length).to_pydatetime())
+    found = data_fingerprints(work.db, **asked, end=data_end(part))
+    first, last = (to_utc(found["bars"][name]) for name in ("first", "last"))
+    end = end_date_of(_settings(work), first, last + length)
     seen = data_fingerprints(work.db, **asked, end=end)["features"]
     rows = {"rows_before": seen["rows"], "rows_after": found["features"]["rows"] - seen["rows"]}
     return {"steps/data.json": write_json(part.steps / "data.json", found | {"seen": seen, "end_date": end} | rows)}
@@ -107,7 +109,8 @@ def _data(work: Work) -> dict[str, Path]:
 # %% ../../nbs/workflow/52c_steps.ipynb #d43075e3
 def _study(work: Work) -> TuneSettings:
     settings = _flat(work, "tune")
-    own = {"study_name": f"{study_name(settings)}_{work.part.run.name}"} if _is_shared(work.db) else {}
+    place = sha256(str(work.part.run.resolve()).encode()).hexdigest()[:6]
+    own = {"study_name": f"{study_name(settings)}_{work.part.run.name}_{place}"} if _is_shared(work.db) else {}
     return settings.model_copy(update=own)
 
 
@@ -143,6 +146,7 @@ def _train(work: Work) -> dict[str, Path]:
 def _evaluate(work: Work) -> dict[str, Path]:
     part = work.part
     settings = _flat(work, "evaluate", params_file=work.params_file)
+    begin_looks(settings, part.run.parent)
     page = run_notebook("evaluate", settings, output=part.folder / "evaluate.ipynb", db_url=work.db)
     folder = evaluation_folder(settings)
     forecasts = folder / "test_forecasts.parquet"
@@ -151,6 +155,7 @@ def _evaluate(work: Work) -> dict[str, Path]:
         raise DataError("too few rows lie after the end date to judge the model", _found(work)["rows_after"], todo)
     told = _told(read_json(folder / "evaluation.json", what="evaluation"), pd.read_parquet(forecasts))
     metrics = write_json(part.steps / "metrics_test.json", told)
+    share_looks(settings, part.run.parent)
     return {"metrics_test.json": metrics, "preds_test.parquet": forecasts} | _pages(page)
 
 # %% ../../nbs/workflow/52c_steps.ipynb #7efedeae
@@ -169,6 +174,7 @@ def _backtest(work: Work) -> dict[str, Path]:
     part = work.part
     settings = _trading(work)
     page = run_notebook("backtest", settings, output=part.folder / "backtest.ipynb", db_url=work.db)
+    share_looks(_flat(work, "evaluate", params_file=work.params_file), part.run.parent)
     folder = part.steps / f"{work.stem}_backtest"
     names = ("backtest_metrics.json", "trades.csv", "equity.csv", "equity_curve.png")
     return {name: folder / name for name in names} | _pages(page)
@@ -204,20 +210,14 @@ def _hash(path: Path) -> str | None:
     return file_hash(path) if path.is_file() else None
 
 # %% ../../nbs/workflow/52c_steps.ipynb #c7c3788b
-def _bars(work: Work) -> pd.DataFrame:
-    engine, data = connect(work.db, create=False), _settings(work).data
+def _tables(work: Work) -> dict[str, Any] | None:
+    """The fingerprints of bars, features and funding; None if bars or features are lacking, or older than those."""
+    data, names = _settings(work).data, work.part.settings.features.names
     try:
-        return read_bars(engine, **_key(work), start=data.start, end=data.end)
-    finally:
-        engine.dispose()
-
-
-def _bars_digest(work: Work) -> str | None:
-    """The fingerprint of the bars; None if there are none."""
-    try:
-        return fingerprint(_bars(work))
+        found = data_fingerprints(work.db, **_key(work), features=names, start=data.start, end=data.end)
     except DataError:
         return None
+    return {name: record["fingerprint"] for name, record in found.items()}
 
 # %% ../../nbs/workflow/52c_steps.ipynb #add0310b
 _OF_DATA = ("data", "split", "features", "labels", "model", "training", "hpo")
@@ -236,7 +236,7 @@ def inputs_of(
     """All that goes into the step, ready for `digest_of`."""
     part = work.part
     if step in ("preflight", "data"):
-        return _sections(work, *_OF_DATA) | {"bars": _bars_digest(work)}
+        return _sections(work, *_OF_DATA) | {"tables": _tables(work)}
     found, best = _found(work), {"best": _hash(work.params_file)}
     if step == "tune":
         return _of_study(work, found["seen"]["fingerprint"])
@@ -245,7 +245,8 @@ def inputs_of(
         return best | {"settings": mine, "seen": found["seen"]["fingerprint"]}
     verdict = {"predictions": _hash(part.folder / "preds_test.parquet")}
     if step == "backtest":
-        return verdict | {"settings": _plain(_trading(work)), "bars": found["bars"]["fingerprint"]}
+        tables = {name: found[name]["fingerprint"] for name in ("bars", "funding") if name in found}
+        return verdict | {"settings": _plain(_trading(work))} | tables
     if step == "bundle":
         return verdict | {"model": _hash(part.folder / "model.pt"), "metrics": _hash(part.folder / "metrics_test.json")}
     settings = _flat(work, "evaluate", params_file=work.params_file)
