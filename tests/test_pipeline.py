@@ -51,6 +51,8 @@ def test_a_run_leaves_all_that_it_owes(whole):
     manifest = verify_manifest(whole / "manifest.json")
     assert {*manifest["data"]} == {*PARTS}
     assert {*manifest["data"]["1d"]} == {"bars", "features", "seen"}
+    looks = read_json(whole.parent / "BTC_1d_test_looks.json")["looks"]
+    assert len(looks) == 1 and len(looks[0]["strategies"]) == 1 and looks[0]["rows"] == 218
     runs = list_runs(connect(f"sqlite:///{whole.parents[1] / 'kallos.db'}"))
     assert runs.loc[runs["run_id"] == "whole", "status"].tolist() == ["done"]
 

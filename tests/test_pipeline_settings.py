@@ -84,6 +84,10 @@ REFUSED = {
         "line 4: evaluation.n_test_groups: must be below evaluation.n_groups, 4, or no group is left to train on",
     ),
     "long files": ("data: {files_timeframe: 1h}\n", "line 2: data.files_timeframe: must divide 15m"),
+    "files of two assets": (
+        "assets: [BTC, ETH]\ndata: {files: [a.csv]}\n",
+        "line 2: data.files: holds the bars of one asset",
+    ),
     "odd files": ("timeframes: [4h]\ndata: {files_timeframe: 3m}\n", None),
     "files between": (
         "timeframes: [4h, 2h]\ndata: {files_timeframe: 8h}\n",
@@ -240,7 +244,7 @@ def test_every_setting_can_be_typed(tmp_path):
     "text",
     [
         "",
-        "split: {end_date: 2023-01-01T06:00}\ndata: {files: [a.csv], start: 2020-01-01}\npaths: {reports: a/b}\n",
+        "split: {end_date: 2023-01-01T06:00}\ndata: {venue: binance, start: 2020-01-01}\npaths: {reports: a/b}\n",
         "model: {search_space: {dropout: [0, 0.1], learning_rate: {low: 1e-4, high: 1e-2, log: true}}}\n",
         "per_timeframe: {15m: {hpo: {timeout: null, trials: 2}, features: {bounded_features: [rsi]}}, 1h: {}}\n",
     ],
