@@ -127,7 +127,7 @@ def train(
     from kallos.models.parameters import merge_params
 
     if "splits" in given:
-        _train_on_labels(given)
+        _train_on_labels(given, given.pop("no_report", False))
         return
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
     settings = _settings("train", merge_params(given, _params_file(given)), db_url)
@@ -135,27 +135,44 @@ def train(
     _tell_trained(settings, no_report)
 
 # %% ../nbs/59c_run_commands.ipynb #caea662e
-_LABELS_ONLY = ("db_url", "no_report", "n_epochs", "config", "settings")
+_NOT_OF_LABELS = ("db_url", "n_epochs", "config", "settings")
 
 
-def _train_on_labels(given: dict[str, Any]) -> None:
-    from kallos.evaluation.verdict import in_words, judge
-    from kallos.models.label_trainer import LabelTrainSettings, train_on_labels
-    from kallos.models.labelled import complete_from_splits
-    from kallos.models.parameters import merge_params
+def _train_on_labels(given: dict[str, Any], no_report: bool) -> None:
+    from kallos.models.architectures import check_hyperparameters, check_model
+    from kallos.models.label_trainer import label_train_settings, run_folder, train_on_labels
 
-    if unused := [f"--{name.replace('_', '-')}" for name in _LABELS_ONLY if name in given]:
+    if unused := [f"--{name.replace('_', '-')}" for name in _NOT_OF_LABELS if name in given]:
         todo = "Labelled tables need no database, and a network stops by itself, at most after --max-epochs."
         raise ConfigError(f"{', '.join(unused)} has no meaning beside --splits", next_step=todo)
-    tuned = merge_params(given, given["params_file"]) if "params_file" in given else given
-    tuned.pop("n_epochs", None)
-    run = train_on_labels(LabelTrainSettings.from_values(complete_from_splits(tuned), source="the options"))
+    settings = label_train_settings(given, source="the options")
+    check_model(settings)
+    check_hyperparameters(settings.model_name, settings.hyperparameters, horizon=settings.horizon)
+    if no_report:
+        _tell_on_labels(given, train_on_labels(settings).folder)
+        return
+    from kallos.workflow.reports import run_notebook
+
+    settings = settings.model_copy(update={"run_name": run_folder(settings).name})
+    page = settings.runs / f"{settings.run_name}_train.ipynb"
+    run_notebook("train_labels", settings, output=page)
+    _tell_on_labels(given, settings.runs / settings.run_name)
+
+# %% ../nbs/59c_run_commands.ipynb #5ab0617a
+def _tell_on_labels(given: dict[str, Any], folder: Path) -> None:
+    import pandas as pd
+
+    from kallos.evaluation.verdict import in_words, judge
+
+    forecasts = pd.read_parquet(folder / "forecasts.parquet")
     flattered = " (its parameters may have been chosen by these rows)" if "params_file" in given else ""
-    typer.echo(f"On the validation rows{flattered}: {in_words(lambda: judge(run.forecasts))}\n\nFiles:")
-    typer.echo("\n".join(f"  {path}" for path in sorted(run.folder.rglob("*")) if path.is_file()))
+    typer.echo(f"On the validation rows{flattered}: {in_words(lambda: judge(forecasts))}\n\nFiles:")
+    pages = [path for end in ("ipynb", "html") if (path := folder.with_name(f"{folder.name}_train.{end}")).is_file()]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    typer.echo("\n".join(f"  {path}" for path in [*files, *pages]))
     if "params_file" not in given:
-        again = f"--splits {shlex.quote(str(given['splits']))} --horizon {run.forecasts['horizon'].iloc[0]}"
-        tell_next(f"kallos-run tune {again} --model-name {run.forecasts['model'].iloc[0]} --n-trials 20")
+        again = f"--splits {shlex.quote(str(given['splits']))} --horizon {forecasts['horizon'].iloc[0]}"
+        tell_next(f"kallos-run tune {again} --model-name {forecasts['model'].iloc[0]} --n-trials 20")
     else:
         tell_next("kallos-run evaluate, with the same options: the whole verdict, the test rows included")
 

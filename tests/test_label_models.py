@@ -53,10 +53,12 @@ def run(folder: Path, *words: object, code: int = 0) -> tuple[str, str]:
 @pytest.mark.slow
 def test_a_training_leaves_a_run_that_can_be_loaded(splits, tmp_path):
     words = ("--splits", splits, "--horizon", 5, "--output-path", "runs")
-    for name in ("hist_gradient_boosting", "hist_gradient_boosting_classifier"):
-        said, _ = run(tmp_path, "train", *words, "--model-name", name)
+    for name, more in (("hist_gradient_boosting", ["--no-report"]), ("hist_gradient_boosting_classifier", [])):
+        said, _ = run(tmp_path, "train", *words, "--model-name", name, *more)
         assert "On the validation rows: " in said and "skill" in said.lower() and "kallos-run tune" in said
-        (folder,) = (tmp_path / "runs").glob(f"{name}_h5_2*")
+        (folder,) = (path for path in (tmp_path / "runs").glob(f"{name}_h5_2*") if path.is_dir())
+        pages = [folder.with_name(f"{folder.name}_train.{end}") for end in ("ipynb", "html")]
+        assert all(page.exists() != bool(more) and (str(page.name) in said) != bool(more) for page in pages)
         manifest = verify_manifest(folder / "manifest.json")
         paths = {item["path"] for item in manifest["artifacts"].values()}
         assert {"checkpoints/best_model/model.pt", "forecasts.parquet", "metrics.json"} < paths
@@ -65,6 +67,13 @@ def test_a_training_leaves_a_run_that_can_be_loaded(splits, tmp_path):
         assert read_json(folder / "metrics.json")["numbers"]["n"] == len(pd.read_parquet(folder / "forecasts.parquet"))
     assert 0 < read_json(folder / "metrics.json")["classes"]["log_loss"] < 3
     assert not [*(tmp_path / "runs").glob(".*")]
+    report = nbformat.read(pages[0], as_version=4)
+    outputs = [output for cell in report.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output.text for output in outputs if output.get("name") == "stderr" and "Warning" in output.text]
+    verdict = said.splitlines()[0].removeprefix("On the validation rows: ")
+    assert verdict in outputs[0]["data"]["text/markdown"]  # before anything else
+    assert len([one for one in outputs if "application/vnd.plotly.v1+json" in one.get("data", {})]) == 2
 
 
 @pytest.mark.slow

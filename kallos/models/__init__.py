@@ -280,7 +280,9 @@ __getattr__, __dir__, __all__ = lazy(
             "MODEL_FOLDER",
             "label_fold",
             "label_metrics",
+            "label_train_settings",
             "load_run",
+            "run_folder",
             "train_on_labels",
         ),
         "trainer": (
