@@ -114,6 +114,14 @@ REFUSED = {
         "labels: {target_col: label}\nbacktest: {signal: probability}\n",
         "line 2: model.name: gru forecasts numbers, not classes",
     ),
+    "a return of a class": (
+        "labels: {target_col: label}\nmodel: {name: logistic_classifier}\n",
+        "line 2: backtest.signal: must be probability or rank for the target label",
+    ),
+    "a size of a class": (
+        "labels: {target_col: label}\nmodel: {name: logistic_classifier}\nbacktest: {signal: rank, sizing: kelly}\n",
+        "line 4: backtest.sizing: must be fixed or volatility for the target label",
+    ),
     "too far": ("model: {name: tcn}\nlabels: {horizon: 40}\n", "model.name: tcn forecasts fewer than 30 bars ahead"),
     "mixed on cuda": ("training: {precision: mixed, device: cuda}\n", "must be one of auto, 32, bf16, 16 on cuda"),
     "half on a processor": ("training: {precision: 16, device: cpu}\n", "training.precision: must be one of auto, 32"),

@@ -119,9 +119,6 @@ def _fit(s: PipelineFields) -> Iterator[Fault]:
     if t.batch_size is not None and "batch_size" in (s.model.search_space or {}):
         problem = "says what model.search_space says too: leave one of them out"
         yield Fault(("training", "batch_size"), problem, t.batch_size, (("model", "search_space"),))
-    if t.n_epochs is not None and s.labels.target_col in LABEL_TARGETS:
-        problem = "has no meaning on labelled tables, where a network stops by itself: leave it out"
-        yield Fault(("training", "n_epochs"), problem, t.n_epochs, (("labels", "target_col"),))
 
 # %% ../../nbs/workflow/47_setting_checks.ipynb #3297cab6
 def _signal(s: PipelineFields) -> Iterator[Fault]:
@@ -161,8 +158,14 @@ def _terms(settings: BacktestSettings, market: Keys) -> Iterator[Fault]:
         problem = "must be long on spot without backtest.borrow_rate, since nobody lends"
         yield Fault(("backtest", "side"), problem, settings.side, (market, lender))
 
+
+def _size(s: PipelineFields) -> Iterator[Fault]:
+    if s.backtest.sizing == "kelly" and s.labels.target_col == "label":
+        problem = "must be fixed or volatility for the target label, which expects no return"
+        yield Fault(("backtest", "sizing"), problem, "kelly", (("labels", "target_col"),))
+
 # %% ../../nbs/workflow/47_setting_checks.ipynb #fa297b33
-_CHECKS = (_data, _files, _groups, _model, _features, _skip, _search_space, _arithmetic, _fit, _signal, _account)
+_CHECKS = (_data, _files, _groups, _model, _features, _skip, _search_space, _arithmetic, _fit, _signal, _account, _size)
 
 
 def _twice(s: PipelineFields) -> Iterator[Fault]:
