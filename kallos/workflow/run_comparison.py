@@ -35,9 +35,9 @@ def differing_settings(
 # %% ../../nbs/workflow/54_run_comparison.ipynb #230044d2
 HIGHER = """skill skill_lower skill_upper sharpe sortino calmar cagr total_return net_pnl end_equity hit_rate
 profit_factor max_drawdown mean_trade_return deflated_sharpe probabilistic_sharpe deflated probabilistic
-shuffled_that_earn_less r2 directional_accuracy accuracy balanced_accuracy f1 auc mcc""".split()  # noqa: SIM905
+shuffled_that_earn_less r2 directional_accuracy accuracy balanced_accuracy f1 roc_auc mcc log_loss_skill""".split()  # noqa: SIM905
 LOWER = """rmse mae mape smape mase relative_mae rmse_price mae_price brier log_loss p_value pbo cost_share
-costs_of_capital max_drawdown_bars""".split()  # noqa: SIM905
+costs_of_capital max_drawdown_bars calibration_error""".split()  # noqa: SIM905
 GROUPS = ("metrics_test", "backtest")  # of what the summary says of a part
 
 

@@ -32,10 +32,14 @@ def _told(value: Any, form: str) -> str:
 # %% ../../nbs/workflow/52f_run_pages.ipynb #f225ec24
 _ROWS = (
     ("forecasts of the test rows", ("metrics_test", "n"), "{:,}"),
-    ("squared error saved against the naive forecast", ("metrics_test", "skill"), "{:+.2%}"),
+    ("squared error saved against the naive forecast", ("metrics_test", "skill", "rmse"), "{:+.2%}"),
+    ("Brier score saved against the naive forecast", ("metrics_test", "skill", "brier"), "{:+.2%}"),
     ("RMSE, model", ("metrics_test", "rmse"), "{:.6g}"),
     ("RMSE, naive forecast", ("metrics_test", "rmse_naive"), "{:.6g}"),
     ("direction foretold", ("metrics_test", "directional_accuracy"), "{:.1%}"),
+    ("Brier score, model", ("metrics_test", "brier"), "{:.6g}"),
+    ("Brier score, naive forecast", ("metrics_test", "brier_naive"), "{:.6g}"),
+    ("class foretold", ("metrics_test", "accuracy"), "{:.1%}"),
     ("return of the backtest, net of costs", ("backtest", "total_return"), "{:+.1%}"),
     ("return of buying and holding", ("backtest", "buy_and_hold"), "{:+.1%}"),
     ("annual Sharpe ratio", ("backtest", "sharpe"), "{:.2f}"),
@@ -45,8 +49,10 @@ _ROWS = (
 )
 
 # %% ../../nbs/workflow/52f_run_pages.ipynb #7d29c2e6
-def _cell(part: Mapping[str, Any], place: tuple[str, str], form: str) -> str:
-    return _told((part.get(place[0]) or {}).get(place[1]), form)
+def _cell(part: Mapping[str, Any], place: tuple[str, ...], form: str) -> str:
+    group, name, *needed = place
+    found = part.get(group) or {}
+    return _told(found.get(name) if {*needed} <= {*found} else None, form)
 
 
 def comparison(
@@ -54,6 +60,7 @@ def comparison(
 ) -> list[list[str]]:
     """Rows of text, the first with the names of the parts: figures of all parts side by side."""
     rows = [[name, *(_cell(part, place, form) for part in parts.values())] for name, place, form in _ROWS]
+    rows = [row for row in rows if {*row[1:]} != {"–"}]
     steps = [sum(step["seconds"] or 0 for step in part["steps"].values()) for part in parts.values()]
     peaks = [max((s["peak_memory_mb"] or 0 for s in part["steps"].values()), default=0) for part in parts.values()]
     spent = [["time", *map(seconds_in_words, steps)], ["peak memory (MiB)", *(f"{peak:,.0f}" for peak in peaks)]]
