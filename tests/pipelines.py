@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from filelock import FileLock
 
 from kallos.core.runs import file_hash
@@ -14,6 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SHOWCASE = ROOT / "config" / "showcase.yaml"
 KALLOS = str(Path(sys.executable).with_name("kallos-run"))
 WRONG = ("--set", "per_timeframe.12h.split.folds=500")  # more folds than there are rows for
+LABELLED = {  # what a run forecasts -> its settings beside those of the showcase
+    "label": {
+        "labels": {"target_col": "label", "horizon": 3, "volatility_window": 30},
+        "model": {"name": "logistic_classifier", "search_space": {"input_chunk_length": {"low": 1, "high": 5}}},
+        "backtest": {"signal": "probability", "entry_probability": 0.35, "n_shuffles": 20, "sensitivity": False},
+    },
+    "return": {"labels": {"target_col": "return", "horizon": 3, "volatility_window": 30}},
+}
 NUMBERS = ("optuna_best.json", "metrics_test.json", "preds_test.parquet", "trades.csv", "equity.csv")
 
 
@@ -58,4 +67,23 @@ def finished_run(folder: Path, parts: tuple[str, ...]) -> Path:
         if not (run / "summary.json").exists():
             with_market(folder)
             kallos(folder, "all", "--config", SHOWCASE, "--run-id", "whole", "--timeframes", ",".join(parts))
+    return run
+
+
+def labelled_settings(folder: Path, target: str) -> Path:
+    """The file of the settings of a run that forecasts labels: of the showcase, and those of `LABELLED`."""
+    settings = yaml.safe_load(SHOWCASE.read_text(encoding="utf8")) | {"timeframes": ["1d"]} | LABELLED[target]
+    del settings["per_timeframe"]
+    path = folder / f"{target}.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf8")
+    return path
+
+
+def labelled_run(folder: Path, target: str) -> Path:
+    """A finished run that forecasts labels; made once, by whichever test process comes first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        run = folder / "reports" / target
+        if not (run / "summary.json").exists():
+            kallos(with_market(folder), "all", "--config", labelled_settings(folder, target), "--run-id", target)
     return run

@@ -15,15 +15,18 @@ import psutil
 import pytest
 
 from kallos.core.runs import file_hash, read_json, verify_manifest
+from kallos.core.schemas import FORECASTS, check_table
 from kallos.data.run_index import list_runs
 from kallos.data.sample import sample_bars
 from kallos.data.store import read_bars, write_bars
 from kallos.data.tables import connect
+from kallos.inference.bundle import load_bundle
 from kallos.workflow.deliverables import checklist
 from kallos.workflow.part_runs import read_part
-from kallos.workflow.parts import parts_of
+from kallos.workflow.parts import digest_of, is_current, parts_of, read_steps
+from kallos.workflow.pipeline_settings import PipelineSettings
 from kallos.workflow.settings import read_settings
-from kallos.workflow.steps import Work, clear_step, do_step
+from kallos.workflow.steps import Work, clear_step, do_step, inputs_of
 from tests import pipelines as p
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -89,6 +92,65 @@ def test_a_finished_run_that_is_resumed_keeps_everything_though_the_market_goes_
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for part in PARTS:
         assert p.hashes(folder / "reports" / "whole" / part) == p.hashes(whole / part)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """A finished run of one part that forecasts classes."""
+    return p.labelled_run(tmp_path_factory.getbasetemp().parent / "labelled", "label")
+
+
+def whole_and_judged_as_trained(run: Path, target: str) -> None:
+    """The run leaves all that it owes, and the test rows judged the very model that it delivers."""
+    found = p.summary(run)
+    assert (found["status"], found["exit_code"]) == ("done", 0), found["parts"]
+    assert all(line["ok"] for line in found["checklist"])
+    assert {*verify_manifest(run / "manifest.json")["data"]["1d"]} == {"bars", "features", "seen", "tables"}
+    forecasts = check_table(pd.read_parquet(run / "1d" / "preds_test.parquet"), FORECASTS, what="the forecasts")
+    tables = read_json(run / "1d" / "steps" / "tables" / "manifest.json")["data"]
+    assert (forecasts["target"] == target).all() and forecasts["ts"].min() >= pd.Timestamp(tables["test"]["first"])
+    bundle = load_bundle(run / "1d" / "bundle")
+    assert (bundle.target, bundle.horizon) == (target, 3)
+    assert bundle.manifest["evaluation"]["same_model"] is True
+    trained = read_json(next((run / "1d" / "steps").glob("*BTC_manifest.json")))
+    assert trained["data"]["features"]["last"] <= str(tables["val"]["last"])
+    said = {name: (run / "1d" / f"{name}.html").read_text(encoding="utf8") for name in ("train", "evaluate")}
+    assert "No row is left here to judge this model by" in said["train"]
+    assert "the training and the validation table" in said["evaluate"]
+
+
+def test_a_run_of_classes_leaves_all_that_it_owes(labelled):
+    whole_and_judged_as_trained(labelled, "label")
+    figures, page = p.summary(labelled)["parts"]["1d"], (labelled / "index.html").read_text(encoding="utf8")
+    assert 0 < figures["metrics_test"]["brier"] < 1.5 and "rmse" not in figures["metrics_test"]
+    assert figures["backtest"]["trades"] > 0
+    assert "Brier score, model" in page and "RMSE" not in page
+    runs = list_runs(connect(f"sqlite:///{labelled.parents[1] / 'kallos.db'}"))
+    assert runs.loc[runs["run_id"] == "label", "status"].tolist() == ["done"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_a_network_forecasts_returns_of_labels_in_a_run(tmp_path):
+    run = p.labelled_run(tmp_path, "return")
+    whole_and_judged_as_trained(run, "return")
+    assert "gives the same numbers again, to the last bit, in 1d" in p.kallos(tmp_path, "reproduce", "return")
+
+
+def test_a_table_that_is_lost_is_made_again_and_nothing_else(labelled, tmp_path):
+    folder = shutil.copytree(labelled.parents[1], tmp_path / "copy")
+    part = read_part(folder / "reports" / "label", "1d")
+    work, steps = Work(part, f"sqlite:///{folder / 'kallos.db'}"), read_steps(part)
+    wanted = {name: digest_of(inputs_of(work, name)) for name in steps}
+    assert all(is_current(part, steps[name], wanted[name]) for name in steps)
+    (part.steps / "tables" / "val.parquet").unlink()
+    (part.steps / "tables" / "test.parquet").write_bytes(b"another")
+    assert not is_current(part, steps["data"], wanted["data"])
+    do_step(work, "data")
+    assert {name: digest_of(inputs_of(work, name)) for name in steps} == wanted
+    for name in ("train", "val", "test"):
+        table = f"steps/tables/{name}.parquet"
+        assert file_hash(part.folder / table) == steps["data"]["outputs"][table]
 
 
 def same_as_shown(run: Path, root: Path, part: str) -> None:
@@ -204,8 +266,8 @@ def test_nothing_that_a_killed_run_began_outlives_it(tmp_path):
     assert not left, [one.cmdline() for one in left]
 
 
-def test_noise_in_the_test_rows_changes_nothing_before_the_evaluation(whole, tmp_path):
-    folder = tmp_path / "noise"
+def with_noise(whole: Path, folder: Path) -> str:
+    """The URL of the run's database with every bar after the run's end date changed."""
     folder.mkdir()
     shutil.copy(whole.parents[1] / "kallos.db", folder)
     end = pd.Timestamp(read_json(whole / "1d" / "steps" / "data.json")["end_date"])
@@ -215,8 +277,12 @@ def test_noise_in_the_test_rows_changes_nothing_before_the_evaluation(whole, tmp
         changed = database.execute(f"UPDATE bars SET {noise} WHERE ts >= ?", (end.value // 10**6,)).rowcount
         database.execute("UPDATE series SET stale_from = 0")
     assert changed > 100
-    run, url = folder / "reports" / "noise", f"sqlite:///{folder / 'kallos.db'}"
-    part = parts_of(read_settings(p.SHOWCASE, overrides={"timeframes": ["1d"]}), run)[0]
+    return f"sqlite:///{folder / 'kallos.db'}"
+
+
+def same_before_the_evaluation(whole: Path, folder: Path, settings: PipelineSettings) -> list[dict]:
+    """The records of the data of the run and of one on other test rows, which trains the same model to the bit."""
+    url, part = with_noise(whole, folder), parts_of(settings, folder / "reports" / "noise")[0]
     for step in ("preflight", "data", "tune", "train"):
         do_step(Work(part, url), step)
     ours = whole / "1d"
@@ -225,6 +291,18 @@ def test_noise_in_the_test_rows_changes_nothing_before_the_evaluation(whole, tmp
     assert seen[0]["seen"]["fingerprint"] == seen[1]["seen"]["fingerprint"]
     for name in ("optuna_best.json", "model.pt", "scaler.pkl"):
         assert file_hash(ours / name) == file_hash(part.folder / name), name
+    return seen
+
+
+def test_noise_in_the_test_rows_changes_nothing_before_the_evaluation(whole, tmp_path):
+    settings = read_settings(p.SHOWCASE, overrides={"timeframes": ["1d"]})
+    same_before_the_evaluation(whole, tmp_path / "noise", settings)
+
+
+def test_noise_in_the_test_table_changes_nothing_before_the_evaluation(labelled, tmp_path):
+    settings = read_settings(p.labelled_settings(tmp_path, "label"))
+    one, other = (record["tables"] for record in same_before_the_evaluation(labelled, tmp_path / "noise", settings))
+    assert [one[name] == other[name] for name in ("train", "val", "test")] == [True, True, False]
 
 
 def test_runs_in_one_postgresql_schema_have_studies_of_their_own(postgres_url, tmp_path):

@@ -193,6 +193,7 @@ __getattr__, __dir__, __all__ = lazy(
             "read_steps",
             "record_step",
         ),
+        "step_records": ("judged_figures", "row_fingerprints", "table_records"),
         "steps": (
             "Work",
             "clear_step",

@@ -61,7 +61,7 @@ def _folder(settings: PipelineSettings, run_id: str, resume: bool) -> Path:
 # %% ../../nbs/workflow/53_pipeline.ipynb #dc196f26
 def _data_of(part: Part) -> dict[str, Any]:
     found = read_json(part.steps / "data.json") if is_sure(read_steps(part).get("data")) else {}
-    return {name: found[name] for name in ("bars", "features", "funding", "seen") if name in found}
+    return {name: found[name] for name in ("bars", "features", "funding", "seen", "tables") if name in found}
 
 
 def _artifacts(part: Part) -> dict[str, Path]:
@@ -235,18 +235,6 @@ def _index(db: Any, folder: Path, settings: PipelineSettings, begun: datetime, s
     record_run(engine, about | state | ended | {"settings": as_parameters(settings), "metrics": metrics})
     engine.dispose()
 
-# %% ../../nbs/workflow/53_pipeline.ipynb #b37b54c0
-def _parts(settings: PipelineSettings, folder: Path) -> list[Part]:
-    """The parts of the run; ConfigError if one is to forecast labels."""
-    for part in (parts := parts_of(settings, folder)):
-        target = part.settings.labels.target_col
-        if target in ("return", "label"):
-            todo = (
-                "Use log_return, log_close or close; or `kallos-run data`, then `tune --splits` and `train --splits`."
-            )
-            raise ConfigError(f"{part.name}: the pipeline forecasts prices, not labelled tables", target, todo)
-    return parts
-
 # %% ../../nbs/workflow/53_pipeline.ipynb #52297fba
 def settings_of_run(
     reports: Path,  # folder of all runs
@@ -282,7 +270,7 @@ def run_pipeline(
     """The run, which has ended well or not; ConfigError on a taken name, ArtifactError on none to resume."""
     begun = datetime.now(UTC)
     folder = _folder(settings, run_id or new_run_id(settings, begun), resume)
-    parts = _parts(settings, folder)
+    parts = parts_of(settings, folder)
     with holding(folder, patience=30.0 if resume else 0.0):
         _begin_parts(folder, parts, like)
         _index(db, folder, settings, begun, None)

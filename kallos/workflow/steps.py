@@ -19,7 +19,6 @@ import pandas as pd
 from ..core.columns import timeframe_delta
 from ..core.config import Settings, TuneSettings, as_parameters, find_file, study_name
 from ..core.errors import DataError
-from ..core.metrics import score_forecasts
 from ..core.runs import atomic_write, file_hash, read_json, write_json
 
 # %% ../../nbs/workflow/52c_steps.ipynb #3cad3fa3
@@ -27,7 +26,9 @@ from ..data.bars import to_utc
 from ..data.database import to_url
 from ..evaluation.backtest_settings import BacktestSettings
 from ..evaluation.evaluation_settings import evaluation_folder
+from ..models.labelled import LABEL_TARGETS
 from ..models.storages import study_storage
+from ..models.tables import build_tables
 from ..models.tuner import best_params_path
 from .data_fingerprints import data_fingerprints
 from .looks import begin_looks, share_looks
@@ -36,7 +37,15 @@ from .pipeline_settings import PipelineSettings
 from .preflight import run_preflight
 from .preparation import prepare_features
 from .reports import Report, run_notebook
-from .settings import backtest_settings, end_date_of, evaluate_settings, train_settings, tune_settings
+from kallos.workflow.settings import (
+    backtest_settings,
+    data_settings,
+    end_date_of,
+    evaluate_settings,
+    train_settings,
+    tune_settings,
+)
+from .step_records import judged_figures, row_fingerprints, table_records
 
 # %% ../../nbs/workflow/52c_steps.ipynb #a28b3932
 @dataclass(frozen=True)
@@ -55,6 +64,12 @@ class Work:
     def params_file(self) -> Path:
         """What tuning left, under the name that the single commands give it."""
         return self.part.steps / f"{self.stem}_best_params.json"
+
+    @property
+    def splits(self) -> Path | None:
+        """The folder of the labelled tables; None where a price is forecast."""
+        labelled = self.part.settings.labels.target_col in LABEL_TARGETS
+        return self.part.steps / "tables" if labelled else None
 
 # %% ../../nbs/workflow/52c_steps.ipynb #46fd018a
 _FLAT = {"tune": tune_settings, "train": train_settings, "evaluate": evaluate_settings}
@@ -77,9 +92,9 @@ def _key(work: Work) -> dict[str, str]:
 
 def _flat(work: Work, kind: str, **more: Any) -> Settings:
     """The settings of a single command: tune, train or evaluate."""
-    found, folder = _found(work), work.part.steps
-    rows = {"n_rows": found["rows_before"]} if kind == "tune" else {}
-    return _FLAT[kind](_settings(work), **_key(work), folder=folder, end_date=found["end_date"], **rows, **more)
+    found, where = _found(work), {"folder": work.part.steps, "splits": work.splits}
+    rows = {"n_rows": found["rows_before"]} if kind == "tune" and work.splits is None else {}
+    return _FLAT[kind](_settings(work), **_key(work), **where, end_date=found["end_date"], **rows, **more)
 
 # %% ../../nbs/workflow/52c_steps.ipynb #08f958fb
 def _preflight(work: Work) -> dict[str, Path]:
@@ -104,7 +119,18 @@ def _data(work: Work) -> dict[str, Path]:
     end = end_date_of(_settings(work), first, last + length)
     seen = data_fingerprints(work.db, **asked, end=end)["features"]
     rows = {"rows_before": seen["rows"], "rows_after": found["features"]["rows"] - seen["rows"]}
-    return {"steps/data.json": write_json(part.steps / "data.json", found | {"seen": seen, "end_date": end} | rows)}
+    return _with_tables(work, found | {"seen": seen, "end_date": end} | rows)
+
+# %% ../../nbs/workflow/52c_steps.ipynb #7159ab2d
+def _with_tables(work: Work, found: dict[str, Any]) -> dict[str, Path]:
+    """The record of the data, and the files of the labelled tables if there are any."""
+    files = {}
+    if work.splits is not None:
+        where = {"end_date": found["end_date"], "folder": work.splits}
+        made = build_tables(data_settings(_settings(work), **_key(work), **where), db=work.db)
+        found = found | {"tables": table_records(made.manifest_path)}
+        files = {f"steps/tables/{path.name}": path for path in sorted(work.splits.iterdir())}
+    return {"steps/data.json": write_json(work.part.steps / "data.json", found)} | files
 
 # %% ../../nbs/workflow/52c_steps.ipynb #d43075e3
 def _study(work: Work) -> TuneSettings:
@@ -153,21 +179,10 @@ def _evaluate(work: Work) -> dict[str, Path]:
     if not forecasts.is_file():
         todo = "Leave more rows after the end date: raise split.test_share, or name an earlier split.end_date."
         raise DataError("too few rows lie after the end date to judge the model", _found(work)["rows_after"], todo)
-    told = _told(read_json(folder / "evaluation.json", what="evaluation"), pd.read_parquet(forecasts))
+    told = judged_figures(read_json(folder / "evaluation.json", what="evaluation"), pd.read_parquet(forecasts))
     metrics = write_json(part.steps / "metrics_test.json", told)
     share_looks(settings, part.run.parent)
     return {"metrics_test.json": metrics, "preds_test.parquet": forecasts} | _pages(page)
-
-# %% ../../nbs/workflow/52c_steps.ipynb #7efedeae
-_KEPT = "sentence has_skill level fee answers folds paths calibration search search_sentence importance"
-
-
-def _told(found: dict[str, Any], forecasts: pd.DataFrame) -> dict[str, Any]:
-    """The evaluation without the times of looks, and the scores of the test rows."""
-    scores = score_forecasts(forecasts, by=["model"]).to_dict("records")[0]
-    held = found["held_out"]
-    about = {"level": held["level"], "looks": len(held["looks"]), "verdict": held["verdict"]}
-    return {name: found[name] for name in _KEPT.split()} | {"test": scores | about}
 
 # %% ../../nbs/workflow/52c_steps.ipynb #cdc44675
 def _backtest(work: Work) -> dict[str, Path]:
@@ -194,7 +209,7 @@ def _bundle(work: Work) -> dict[str, Path]:
     return {f"bundle/{path.name}": path for path in sorted(made.path.iterdir())}
 
 # %% ../../nbs/workflow/52c_steps.ipynb #c4b12ac8
-_NO_INPUT = ("output_path", "n_jobs", "params_file", "forecasts", "dask_scheduler", "gpus")
+_NO_INPUT = ("output_path", "splits", "n_jobs", "params_file", "forecasts", "dask_scheduler", "gpus")
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
@@ -223,7 +238,7 @@ def _tables(work: Work) -> dict[str, Any] | None:
 _OF_DATA = ("data", "split", "features", "labels", "model", "training", "hpo")
 
 
-def _of_study(work: Work, seen: str) -> dict[str, Any]:
+def _of_study(work: Work, seen: Any) -> dict[str, Any]:
     hpo = work.part.settings.hpo
     mine = {"params_file": _hash(find_file(hpo.params_file))} if hpo.skip else _plain(_study(work))
     return {"settings": mine, "seen": seen}
@@ -238,11 +253,11 @@ def inputs_of(
     if step in ("preflight", "data"):
         return _sections(work, *_OF_DATA) | {"tables": _tables(work)}
     found, best = _found(work), {"best": _hash(work.params_file)}
+    seen, rows = row_fingerprints(found)
     if step == "tune":
-        return _of_study(work, found["seen"]["fingerprint"])
+        return _of_study(work, seen)
     if step == "train":
-        mine = _plain(_flat(work, "train", params_file=work.params_file))
-        return best | {"settings": mine, "seen": found["seen"]["fingerprint"]}
+        return best | {"settings": _plain(_flat(work, "train", params_file=work.params_file)), "seen": seen}
     verdict = {"predictions": _hash(part.folder / "preds_test.parquet")}
     if step == "backtest":
         tables = {name: found[name]["fingerprint"] for name in ("bars", "funding") if name in found}
@@ -250,7 +265,7 @@ def inputs_of(
     if step == "bundle":
         return verdict | {"model": _hash(part.folder / "model.pt"), "metrics": _hash(part.folder / "metrics_test.json")}
     settings = _flat(work, "evaluate", params_file=work.params_file)
-    return best | {"settings": _plain(settings), "rows": found["features"]["fingerprint"]}
+    return best | {"settings": _plain(settings), "rows": rows}
 
 # %% ../../nbs/workflow/52c_steps.ipynb #cbc312bc
 _RUN: dict[str, Callable[[Work], dict[str, Path]]] = {
@@ -283,7 +298,10 @@ def _publish(source: Path, target: Path) -> None:
         shutil.copyfileobj(origin, file)
 
 # %% ../../nbs/workflow/52c_steps.ipynb #97aea0b3
-_OWN = {"tune": ("optuna*", ".optuna*", "artifacts", "*_best_params.json", "*_tune*")}
+_OWN = {
+    "data": ("tables", ".tables*"),
+    "tune": ("optuna*", ".optuna*", "artifacts", "*_best_params.json", "*_tune*"),
+}
 
 
 def clear_step(
