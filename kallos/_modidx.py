@@ -177,6 +177,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'kallos.core.logs._JsonLines.format': ('core/logs.html#_jsonlines.format', 'kallos/core/logs.py'),
                                   'kallos.core.logs._Readable': ('core/logs.html#_readable', 'kallos/core/logs.py'),
                                   'kallos.core.logs._Readable.format': ('core/logs.html#_readable.format', 'kallos/core/logs.py'),
+                                  'kallos.core.logs._cut_half_line': ('core/logs.html#_cut_half_line', 'kallos/core/logs.py'),
                                   'kallos.core.logs._fields': ('core/logs.html#_fields', 'kallos/core/logs.py'),
                                   'kallos.core.logs.log_event': ('core/logs.html#log_event', 'kallos/core/logs.py'),
                                   'kallos.core.logs.start_log': ('core/logs.html#start_log', 'kallos/core/logs.py'),
