@@ -6,7 +6,7 @@
 __all__ = ['all_app', 'RunFailed', 'all_']
 
 # %% ../nbs/59p_all_commands.ipynb #6d387ed7
-from pathlib import Path
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -23,19 +23,17 @@ all_app = typer.Typer()
 # %% ../nbs/59p_all_commands.ipynb #b60413da
 def _settings(given: dict[str, Any]) -> "PipelineSettings":
     from kallos.workflow.pipeline import settings_of_run
+    from kallos.workflow.run_records import reports_folder
     from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import change_settings, read_settings
 
     typed = overrides_of(given.get("settings", []), also=("--config", "--run-id", "--resume", "--quiet"))
-    if "resume_run" in given and "config" not in given:
-        return change_settings(settings_of_run(_reports(typed), given["resume_run"]), typed)
-    return read_settings(given.get("config"), overrides=typed)
-
-
-def _reports(typed: dict[str, Any]) -> Path:
-    from kallos.core.config import find_file
-
-    return find_file(Path(typed.get("paths.reports", "reports")))
+    if "resume_run" not in given or "config" in given:
+        return read_settings(given.get("config"), overrides=typed)
+    paths = {name: value for name, value in typed.items() if name.partition(".")[0] == "paths"}
+    reports = read_settings(None, overrides=paths | {"assets": ["any"]}).paths.reports
+    found = settings_of_run(reports_folder(reports), given["resume_run"])
+    return change_settings(found, typed | {"paths.reports": str(reports)})  # it stays where it was found
 
 # %% ../nbs/59p_all_commands.ipynb #e3fc8e53
 class RunFailed(KallosError):
@@ -59,17 +57,19 @@ def _tell(run: "PipelineRun") -> None:
 
 # %% ../nbs/59p_all_commands.ipynb #0834623b
 def _leave(run: "PipelineRun") -> None:
-    again = f"`kallos-run all --resume {run.folder.name}` goes on where it stood"
+    from kallos.workflow.run_records import naming
+
+    name, reports = run.folder.name, run.folder.parent
+    again = f"`kallos-run all --resume {name}{naming(reports, '--paths-reports')}` goes on where it stood"
     if run.exit_code == 3:
-        raise Interrupted(f"the run {run.folder.name} was stopped; {again}")
+        raise Interrupted(f"the run {name} was stopped; {again}")
     if run.exit_code == 4:
-        failed = [name for name, part in run.summary["parts"].items() if part["status"] == "failed"]
+        failed = [part_name for part_name, part in run.summary["parts"].items() if part["status"] == "failed"]
         what = f"{', '.join(failed)} failed" if failed else "files are missing or broken"
-        raise RunFailed(f"the run {run.folder.name} is not whole: {what}", next_step=f"Mend it; {again}.")
-    board = f"kallos-run dashboard --folder {next(iter(run.summary['parts']))}"
-    tell_next(
-        f"kallos-run reproduce {run.folder.name}", board.replace("--folder ", f"--folder {run.folder}/") + "/steps"
-    )
+        raise RunFailed(f"the run {name} is not whole: {what}", next_step=f"Mend it; {again}.")
+    steps = run.folder / next(iter(run.summary["parts"])) / "steps"
+    board = f"kallos-run dashboard --folder {shlex.quote(str(steps))}"
+    tell_next(f"kallos-run reproduce {name}{naming(reports, '--reports')}", board)
 
 # %% ../nbs/59p_all_commands.ipynb #46eee0ff
 @command(

@@ -49,26 +49,33 @@ def _inside(rows: Any, data: Any, timeframe: str) -> Any:
     after = rows >= (data.start + timeframe_delta(timeframe) if data.start else rows.iloc[0])
     return after & (rows <= (data.end or rows.iloc[-1]))
 
+
+def _key(where: dict[str, Any]) -> dict[str, str]:
+    return {name: where[name] for name in ("asset_id", "timeframe")}
+
 # %% ../nbs/58c_filed_settings.ipynb #e5c7ab12
 def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url: str | None) -> tuple[Any, int | None]:
     """The boundary, and the number of rows up to it; of labelled tables neither."""
     if where["splits"]:
         return None, None
+    from kallos.core.columns import timeframe_delta
     from kallos.core.config import parse_moment
-    from kallos.data.store import read_features
+    from kallos.data.store import read_bars, read_features
     from kallos.data.tables import connect
     from kallos.workflow.settings import end_date_of
 
-    engine = connect(db_url, create=False)
+    engine, key, data = connect(db_url, create=False), _key(where), settings.data
     try:
-        rows = read_features(engine, asset_id=where["asset_id"], timeframe=where["timeframe"], columns=[])["ts"]
+        rows = read_features(engine, **key, columns=[])["ts"]
+        rows = rows[_inside(rows, data, key["timeframe"])]
+        if rows.empty:
+            raise ConfigError("no stored row lies between data.start and data.end", next_step="Name a wider span.")
+        bars = read_bars(engine, **key, start=data.start, end=data.end)["ts"]
     finally:
         engine.dispose()
-    rows = rows[_inside(rows, settings.data, where["timeframe"])]
-    if rows.empty:
-        raise ConfigError("no stored row lies between data.start and data.end", next_step="Name a wider span.")
+    last = bars.iloc[-1] + timeframe_delta(key["timeframe"])
     try:
-        end = parse_moment(given.get("end_date") or end_date_of(settings, rows.iloc[0], rows.iloc[-1]))
+        end = parse_moment(given.get("end_date") or end_date_of(settings, bars.iloc[0], last))
     except ValueError as error:
         raise ConfigError(f"end_date: {error}", given["end_date"]) from None
     return end, int((rows <= end).sum())

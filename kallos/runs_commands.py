@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .core.errors import KallosError
-from .options import command
+from .options import Interrupted, command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,9 +51,10 @@ def _show(table: "pd.DataFrame", title: str) -> None:
 
 # %% ../nbs/59o_runs_commands.ipynb #190ced93
 def _reports(given: dict[str, Any]) -> Path:
-    from kallos.core.config import project_root
+    from kallos.core.config import find_file
+    from kallos.workflow.run_records import reports_folder
 
-    return given.get("reports", project_root() / "reports")
+    return find_file(given["reports"]) if "reports" in given else reports_folder().absolute()
 
 
 def _index(given: dict[str, Any]) -> Any:
@@ -196,6 +197,14 @@ def _tell(found: "Reproduction") -> None:
     if found.again:
         typer.echo(f"\nThe second run: {found.again}")
 
+# %% ../nbs/59o_runs_commands.ipynb #8d46a622
+def _stopped(again: Path) -> str:
+    from kallos.workflow.run_records import naming
+
+    resume = f"`kallos-run all --resume {again.name}{naming(again.parent, '--paths-reports')}`"
+    prune = f"`kallos-run runs prune --failed{naming(again.parent, '--reports')}`"
+    return f"the second run, {again.name}, was stopped; {resume} goes on with it, {prune} tells what can be removed"
+
 # %% ../nbs/59o_runs_commands.ipynb #b0a89027
 def _run_again(first: Any, db: str | None) -> Any:
     """What runs the settings of a manifest anew, as the first run was run."""
@@ -204,7 +213,10 @@ def _run_again(first: Any, db: str | None) -> Any:
 
     def run(settings: dict[str, Any], run_id: str) -> Path:
         checked = PipelineSettings.from_values(settings, source="the manifest")
-        return run_pipeline(checked, db=db, run_id=run_id, like=first.folder).folder
+        again = run_pipeline(checked, db=db, run_id=run_id, like=first.folder)
+        if again.exit_code == 3:
+            raise Interrupted(_stopped(again.folder))
+        return again.folder
 
     return run
 
@@ -214,7 +226,7 @@ def _run_again(first: Any, db: str | None) -> Any:
     "run_id reports db_url",
     required="run_id",
     example="20240501",
-    stopped="the first run is as it was; the second can be pruned.",
+    stopped="the first run is as it was; the second can be resumed or pruned.",
 )
 def reproduce(
     given: dict[str, Any],  # the options that were typed

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
@@ -19,12 +20,15 @@ import kallos
 from kallos import main as command_line
 from kallos import options, run_commands
 from kallos.core.config import TrainSettings, TuneSettings
+from kallos.core.runs import read_json
 from kallos.data.assets import list_assets
 from kallos.data.sample import sample_bars
-from kallos.data.store import read_features
 from kallos.data.tables import connect
 from kallos.evaluation import multiple_testing, trials
 from kallos.workflow import reports
+from kallos.workflow.parts import parts_of
+from kallos.workflow.settings import read_settings
+from kallos.workflow.steps import Work, do_step
 
 COMMANDS = (
     *("sample", "ingest", "fetch", "features", "data", "audit", "tune", "train", "cv", "walk-forward", "cpcv"),
@@ -271,13 +275,6 @@ METRICS = {"score": 0.9, "rmse": 0.03, "rmse_naive": 0.029, "rmse_price": 900.0,
 BEST = {"study_name": "demo", "n_trials": 3, "trial": 1, "metrics": METRICS | {"skill": -0.013, "folds": 3}}
 
 
-def list_rows(market: Path) -> list:
-    engine = connect(f"sqlite:///{market}/data/kallos.db")
-    rows = read_features(engine, asset_id="BTC", timeframe="1d", columns=[])["ts"]
-    engine.dispose()
-    return [*rows]
-
-
 @pytest.fixture
 def in_process(market, tmp_path, monkeypatch, capsys):
     """A function that runs a command line in this process, with the notebook replaced by what it writes."""
@@ -322,10 +319,22 @@ def test_a_file_says_what_is_not_typed(in_process, market):
     settings = in_process.runs[0][1]
     assert (settings.asset_id, settings.timeframe, settings.n_trials, settings.folds) == ("BTC", "1d", 7, 3)
     assert (settings.pruner, settings.deterministic, settings.output_path) == ("median", True, Path())
-    end = settings.end_date  # a fifth of the time lies after it
-    rows = list_rows(market)
-    assert (rows[-1] - end) / (rows[-1] - rows[0]) == pytest.approx(0.2, abs=0.001)
-    assert settings.val_length == int(0.4 * sum(ts <= end for ts in rows)) // 3
+
+
+@pytest.mark.parametrize("span", [{}, {"data.start": "2021-02-03", "data.end": "2023-07-08"}])
+def test_one_step_learns_from_the_rows_that_the_whole_run_learns_from(in_process, market, tmp_path, span):
+    typed = [word for name, day in span.items() for word in (f"--{name.replace('.', '-')}", day)]
+    code, said = in_process("tune", "--config", market / "mine.yaml", *typed)
+    assert code == 0, said
+    settings = in_process.runs[0][1]
+    part = parts_of(read_settings(market / "mine.yaml", overrides=span), tmp_path / "run")[0]
+    do_step(Work(part, f"sqlite:///{market}/data/kallos.db"), "data")
+    found = read_json(part.steps / "data.json")
+    end = datetime.fromisoformat(found["end_date"])
+    assert settings.end_date == end
+    first, last = (datetime.fromisoformat(found["bars"][name]) for name in ("first", "last"))
+    assert (last - end) / (last - first) == pytest.approx(0.2, abs=0.001)  # a fifth of the time lies after it
+    assert settings.val_length == int(0.4 * found["rows_before"]) // 3
 
 
 def test_what_is_typed_wins_over_the_file(in_process, market):

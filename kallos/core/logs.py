@@ -9,6 +9,7 @@ __all__ = ['start_log', 'stop_log', 'log_event']
 import json
 import logging
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,6 +41,13 @@ class _Readable(logging.Formatter):
 _LOGGER = logging.getLogger("kallos")
 
 
+def _cut_half_line(path: Path) -> None:
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        with path.open("rb+") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
 def start_log(
     path: str | Path | None = None,  # file that receives the JSON lines; None for no file
     *,
@@ -54,6 +62,7 @@ def start_log(
     _LOGGER.addHandler(terminal)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _cut_half_line(Path(path))
         lines = logging.FileHandler(path, encoding="utf-8")
         lines.setFormatter(_JsonLines())
         _LOGGER.addHandler(lines)
@@ -66,7 +75,8 @@ def stop_log() -> None:
     """Closes the log's file and detaches the terminal; returns nothing."""
     for handler in list(_LOGGER.handlers):
         _LOGGER.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # of a full disk
+            handler.close()
     _LOGGER.propagate = True
 
 

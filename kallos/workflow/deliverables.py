@@ -72,8 +72,8 @@ def _check_study(path: Path) -> str | None:
 
 
 def _check_log(path: Path) -> str | None:
-    lines = path.read_text(encoding="utf8").splitlines()
-    return None if lines and all(isinstance(json.loads(line), dict) for line in lines) else "it is empty"
+    lines = path.read_text(encoding="utf8").removesuffix("\n").split("\n")  # JSON may hold other ends of lines
+    return None if any(lines) and all(isinstance(json.loads(line), dict) for line in lines) else "it is empty"
 
 # %% ../../nbs/workflow/52e_deliverables.ipynb #d441c99b
 def _check_model(path: Path) -> str | None:

@@ -23,7 +23,7 @@ import psutil
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #3d3e95e3
 from ..core.config import as_parameters
-from ..core.errors import ArtifactError, ConfigError
+from ..core.errors import ConfigError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import git_state, read_json, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
@@ -35,7 +35,7 @@ from .deliverables import Line, check_file, checklist, part_summary
 from .looks import BEFORE
 from .parts import STEPS, Part, doubt_steps, holding, is_sure, parts_of, read_steps
 from .run_pages import write_run_page
-from .run_records import KIND
+from .run_records import KIND, manifest_of, new_folder, reports_folder
 from .settings import PipelineSettings
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #f4e02570
@@ -45,18 +45,6 @@ def new_run_id(
 ) -> str:
     """The assets and the moment, to the second."""
     return f"{'-'.join(settings.assets)}_{now:%Y%m%dT%H%M%SZ}"
-
-
-def _folder(settings: PipelineSettings, run_id: str, resume: bool) -> Path:
-    folder = Path(settings.paths.reports) / run_id
-    there = (folder / "manifest.json").is_file()
-    if resume and not there:
-        known = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
-        todo = f"There are: {', '.join(known)}." if known else "There is none yet."
-        raise ArtifactError("there is no such run to resume", run_id, todo)
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise ConfigError("there is a run of this name", str(folder), f"Go on with it: --resume {run_id}.")
-    return folder
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #dc196f26
 def _data_of(part: Part) -> dict[str, Any]:
@@ -140,13 +128,18 @@ def _work_through(
                 for process in running.values():
                     process.send_signal(signal.SIGINT)
             for name in [name for name, process in running.items() if process.poll() is not None]:
-                codes[name] = running.pop(name).returncode
+                codes[name] = _exit_code(running.pop(name).returncode, is_stopping())
                 log_event(f"{name}: ended", exit_code=codes[name])
             board.tick()
             time.sleep(0.3)
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #96dace55
-_STATES = {0: "done", 3: "interrupted", None: "interrupted"}
+_STATES = {0: "done", 3: "interrupted", -signal.SIGINT: "interrupted", None: "interrupted"}
+
+
+def _exit_code(code: int, stopping: bool) -> int:
+    """That of a part's process; one that a signal ended together with the pipeline was interrupted."""
+    return 3 if stopping and code in (-signal.SIGINT, -signal.SIGTERM) else code
 
 
 def _settle(part: Part, summary: dict[str, Any], code: int | None) -> dict[str, Any]:
@@ -241,7 +234,7 @@ def settings_of_run(
     run_id: str,  # of a run
 ) -> PipelineSettings:
     """The settings that the run was begun with; ArtifactError if there is no such run."""
-    path = reports / run_id / "manifest.json"
+    path = manifest_of(reports, run_id)
     found = read_json(path, what="manifest of the run")
     return PipelineSettings.from_values(found["settings"], source=str(path))
 
@@ -267,9 +260,10 @@ def run_pipeline(
     quiet: bool = False,  # show no board
     like: Path | None = None,  # folder of a run that is repeated: with its data, and its count of looks
 ) -> PipelineRun:
-    """The run, which has ended well or not; ConfigError on a taken name, ArtifactError on none to resume."""
+    """The run, which has ended well or not; ConfigError on a taken or wrong name, ArtifactError on none to resume."""
     begun = datetime.now(UTC)
-    folder = _folder(settings, run_id or new_run_id(settings, begun), resume)
+    reports, run_id = reports_folder(settings.paths.reports), run_id or new_run_id(settings, begun)
+    folder = manifest_of(reports, run_id).parent if resume else new_folder(reports, run_id)
     parts = parts_of(settings, folder)
     with holding(folder, patience=30.0 if resume else 0.0):
         _begin_parts(folder, parts, like)

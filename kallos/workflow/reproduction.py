@@ -73,7 +73,7 @@ def _fresh(run: Run) -> str:
 
 def _settings(run: Run) -> dict[str, Any]:
     settings = deepcopy(run.manifest["settings"])
-    return settings | {"paths": {**settings.get("paths", {}), "reports": str(run.folder.parent)}}
+    return settings | {"paths": {**settings.get("paths", {}), "reports": str(run.folder.parent.absolute())}}
 
 # %% ../../nbs/workflow/55b_reproduction.ipynb #80cb4eea
 def _statuses(run: Run) -> dict[str, str]:
