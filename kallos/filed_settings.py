@@ -28,6 +28,7 @@ def file_settings(
 ) -> "PipelineSettings":
     """The settings of the file, with what was typed in their place; ConfigError as of `read_settings`."""
     from kallos.core.config import read_feature_groups
+    from kallos.data.own_files import tell_own_file
     from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import read_settings
 
@@ -39,7 +40,9 @@ def file_settings(
         typed["assets"] = [given["asset_id"]]
     if "feature_groups" in given:
         typed["features"] = read_feature_groups(given["feature_groups"]).model_dump()
-    return read_settings(given["config"], overrides=typed)
+    settings = read_settings(given["config"], overrides=typed)
+    tell_own_file(settings.data.own_features)
+    return settings
 
 # %% ../nbs/58c_filed_settings.ipynb #28ed6e30
 def _inside(rows: Any, data: Any, timeframe: str) -> Any:

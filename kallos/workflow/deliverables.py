@@ -19,6 +19,7 @@ import pandas as pd
 from ..core.errors import KallosError
 from ..core.runs import file_hash, read_json
 from ..core.schemas import FORECASTS, check_table
+from .own_features import NO_BUNDLE
 from .parts import STEPS, Part, read_steps
 
 # %% ../../nbs/workflow/52e_deliverables.ipynb #ab26fcaf
@@ -111,7 +112,7 @@ class Line:
 
     path: str  # from the run's folder
     ok: bool
-    why: str | None  # what is wrong; None if nothing is
+    why: str | None  # what is wrong, or why a file is not owed after all; None if neither
 
 
 def check_file(
@@ -132,11 +133,17 @@ def checklist(
     part: Part,  # of a run
 ) -> list[Line]:
     """A line for each file that the part owes."""
-    left = {name: digest for record in read_steps(part).values() for name, digest in record.get("outputs", {}).items()}
+    left = _left(part)
     return [_check_owed(part, name, left) for name in owed_files(part)]
 
 
+def _left(part: Part) -> dict[str, str]:
+    return {name: digest for record in read_steps(part).values() for name, digest in record.get("outputs", {}).items()}
+
+
 def _check_owed(part: Part, name: str, left: Mapping[str, str]) -> Line:
+    if name == "bundle" and (why := _no_bundle(part, left)):
+        return Line(f"{part.name}/{name}", True, why)
     line, path = check_file(part.folder / name, f"{part.name}/{name}"), part.folder / name
     if line.ok and left.get(name) and file_hash(path) != left[name]:
         return Line(line.path, False, "it has changed since its step left it")
@@ -145,6 +152,12 @@ def _check_owed(part: Part, name: str, left: Mapping[str, str]) -> Line:
 # %% ../../nbs/workflow/52e_deliverables.ipynb #7a081975
 def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
+
+
+def _no_bundle(part: Part, left: Mapping[str, str]) -> str | None:
+    """Why there is no bundle; None if there is one, or is to be."""
+    told = _read(part.folder / NO_BUNDLE) if left.get(NO_BUNDLE) else None
+    return told and told["why"]
 
 
 def _status(steps: Mapping[str, Mapping[str, Any]]) -> str:
@@ -157,7 +170,7 @@ def _status(steps: Mapping[str, Mapping[str, Any]]) -> str:
 def part_summary(
     part: Part,  # of a run
 ) -> dict[str, Any]:
-    """Status, steps, error, verdict and figures of a part, as `summary.json` has them."""
+    """Status, steps, error, verdict and figures of a part, and why it has no bundle, as `summary.json` has them."""
     steps = read_steps(part)
     shown = {
         name: {key: record.get(key) for key in ("status", "seconds", "peak_memory_mb")}
@@ -165,7 +178,7 @@ def part_summary(
     }
     failed = next(({"step": n} | r["error"] for n in STEPS if (r := steps.get(n, {})).get("error")), None)
     about = {"asset_id": part.asset_id, "timeframe": part.timeframe, "status": _status(steps)}
-    return about | {"steps": shown, "error": failed} | _figures(part)
+    return about | {"steps": shown, "error": failed, "no_bundle": _no_bundle(part, _left(part))} | _figures(part)
 
 # %% ../../nbs/workflow/52e_deliverables.ipynb #81c74ada
 _TRADED = "sentence total_return buy_and_hold sharpe deflated_sharpe max_drawdown trades exposure".split()  # noqa: SIM905

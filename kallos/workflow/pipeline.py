@@ -61,7 +61,7 @@ def _folder(settings: PipelineSettings, run_id: str, resume: bool) -> Path:
 def _data_of(part: Part) -> dict[str, Any]:
     path = part.steps / "data.json"
     found = read_json(path) if path.is_file() else {}
-    return {name: found[name] for name in ("bars", "features", "seen") if name in found}
+    return {name: found[name] for name in ("bars", "features", "seen", "own_features") if name in found}
 
 
 def _artifacts(part: Part) -> dict[str, Path]:

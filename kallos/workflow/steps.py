@@ -30,10 +30,17 @@ from ..evaluation.evaluation_settings import evaluation_folder
 from ..models.storages import study_storage
 from ..models.tuner import best_params_path
 from .data_fingerprints import data_fingerprints
+from kallos.workflow.own_features import (
+    NO_BUNDLE,
+    bring_features,
+    leave_no_bundle,
+    own_inputs,
+    own_record,
+    stored_inputs,
+)
 from .parts import Part, data_end, keep_data_end
 from .pipeline_settings import PipelineSettings
 from .preflight import run_preflight
-from .preparation import prepare_features
 from .reports import Report, run_notebook
 from .settings import backtest_settings, end_date_of, evaluate_settings, train_settings, tune_settings
 
@@ -93,7 +100,7 @@ def _preflight(work: Work) -> dict[str, Path]:
 # %% ../../nbs/workflow/52c_steps.ipynb #2959736e
 def _data(work: Work) -> dict[str, Path]:
     part, length = work.part, timeframe_delta(work.part.timeframe)
-    prepare_features(work.db, **_key(work))
+    bring_features(part.settings, db=work.db, **_key(work))
     bars = _bars(work)
     first, last = bars["ts"].iloc[0], bars["ts"].iloc[-1] + length
     keep_data_end(part, data_end(part) or last.to_pydatetime())
@@ -102,7 +109,8 @@ def _data(work: Work) -> dict[str, Path]:
     found = data_fingerprints(work.db, **asked, end=data.end)
     seen = data_fingerprints(work.db, **asked, end=end)["features"]
     rows = {"rows_before": seen["rows"], "rows_after": found["features"]["rows"] - seen["rows"]}
-    return {"steps/data.json": write_json(part.steps / "data.json", found | {"seen": seen, "end_date": end} | rows)}
+    told = found | {"seen": seen, "end_date": end} | rows | own_record(part.settings)
+    return {"steps/data.json": write_json(part.steps / "data.json", told)}
 
 # %% ../../nbs/workflow/52c_steps.ipynb #d43075e3
 def _study(work: Work) -> TuneSettings:
@@ -184,6 +192,8 @@ def _bundle(work: Work) -> dict[str, Path]:
     from kallos.inference.bundle_making import make_bundle
 
     part = work.part
+    if (told := leave_no_bundle(part.settings.features.names, part.folder)) is not None:
+        return {NO_BUNDLE: told}
     made = make_bundle(part.steps / f"{work.stem}_manifest.json", db=work.db, output_path=part.folder / "bundle")
     return {f"bundle/{path.name}": path for path in sorted(made.path.iterdir())}
 
@@ -226,7 +236,7 @@ _OF_DATA = ("data", "split", "features", "labels", "model", "training", "hpo")
 def _of_study(work: Work, seen: str) -> dict[str, Any]:
     hpo = work.part.settings.hpo
     mine = {"params_file": _hash(find_file(hpo.params_file))} if hpo.skip else _plain(_study(work))
-    return {"settings": mine, "seen": seen}
+    return {"settings": mine, "seen": seen} | own_inputs(work.part.settings)
 
 # %% ../../nbs/workflow/52c_steps.ipynb #1fbaafd1
 def inputs_of(
@@ -236,8 +246,9 @@ def inputs_of(
     """All that goes into the step, ready for `digest_of`."""
     part = work.part
     if step in ("preflight", "data"):
-        return _sections(work, *_OF_DATA) | {"bars": _bars_digest(work)}
-    found, best = _found(work), {"best": _hash(work.params_file)}
+        own = stored_inputs(_settings(work), db=work.db, **_key(work))
+        return _sections(work, *_OF_DATA) | {"bars": _bars_digest(work)} | own
+    found, best = _found(work), {"best": _hash(work.params_file)} | own_inputs(part.settings)
     if step == "tune":
         return _of_study(work, found["seen"]["fingerprint"])
     if step == "train":
