@@ -44,9 +44,9 @@ class RunFailed(KallosError):
 # %% ../nbs/59p_all_commands.ipynb #50aba187
 def _tell(run: "PipelineRun") -> None:
     for line in run.checklist:
-        typer.echo(f"  {'ok     ' if line.ok else 'MISSING'} {line.path}{'' if line.ok else f': {line.why}'}")
-    there = sum(line.ok for line in run.checklist)
-    typer.echo(f"{there} of {len(run.checklist)} deliverables are there and whole.\n")
+        typer.echo(f"  {'ok     ' if line.ok else 'MISSING'} {line.path}{f': {line.why}' if line.why else ''}")
+    owed = [line for line in run.checklist if not (line.ok and line.why)]
+    typer.echo(f"{sum(line.ok for line in owed)} of {len(owed)} deliverables are there and whole.\n")
     for name, part in run.summary["parts"].items():
         typer.echo(f"{name}: {part['sentence'] or part['status']}")
         if part["backtest"]:

@@ -221,7 +221,7 @@ def register_own(
 ) -> None:
     """Registers the features of the file that was named, and says which."""
     if "own_features" in given:
-        from kallos.data.refresh import register_own_features
+        from kallos.data.features import register_own_features
 
         typer.echo(f"own features: {', '.join(register_own_features(given.pop('own_features')))}")
 

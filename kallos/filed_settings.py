@@ -15,19 +15,17 @@ from .core.errors import ConfigError
 if TYPE_CHECKING:
     from kallos.workflow.settings import PipelineSettings
 
-# %% ../nbs/58c_filed_settings.ipynb #1b36dc92
 _TYPED = {"model_name": "model.name", "target_col": "labels.target_col", "horizon": "labels.horizon"}
 
-
+# %% ../nbs/58c_filed_settings.ipynb #1b36dc92
 def file_settings(
-    given: dict[
-        str, Any
-    ],  # the options that were typed, with the file as `config` and its typed settings as `settings`
+    given: dict[str, Any],  # the options that were typed; the file as `config`, its settings as `settings`
     *,
     also: Iterable[str] = (),  # keys of the command's options, which an unknown word may have meant
 ) -> "PipelineSettings":
     """The settings of the file, with what was typed in their place; ConfigError as of `read_settings`."""
     from kallos.core.config import read_feature_groups
+    from kallos.data.own_files import tell_own_file
     from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import read_settings
 
@@ -39,15 +37,20 @@ def file_settings(
         typed["assets"] = [given["asset_id"]]
     if "feature_groups" in given:
         typed["features"] = read_feature_groups(given["feature_groups"]).model_dump()
-    return read_settings(given["config"], overrides=typed)
+    settings = read_settings(given["config"], overrides=typed)
+    tell_own_file(settings.data.own_features)
+    return settings
 
 # %% ../nbs/58c_filed_settings.ipynb #28ed6e30
 def _inside(rows: Any, data: Any, timeframe: str) -> Any:
-    """Of the times at which rows are known, whether their bars lie within the span of the data."""
+    """Of the times at which rows are known, those whose bars lie within the span of the data; ConfigError if none."""
     from kallos.core.columns import timeframe_delta
 
     after = rows >= (data.start + timeframe_delta(timeframe) if data.start else rows.iloc[0])
-    return after & (rows <= (data.end or rows.iloc[-1]))
+    found = rows[after & (rows <= (data.end or rows.iloc[-1]))]
+    if found.empty:
+        raise ConfigError("no stored row lies between data.start and data.end", next_step="Name a wider span.")
+    return found
 
 
 def _key(where: dict[str, Any]) -> dict[str, str]:
@@ -66,10 +69,7 @@ def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url:
 
     engine, key, data = connect(db_url, create=False), _key(where), settings.data
     try:
-        rows = read_features(engine, **key, columns=[])["ts"]
-        rows = rows[_inside(rows, data, key["timeframe"])]
-        if rows.empty:
-            raise ConfigError("no stored row lies between data.start and data.end", next_step="Name a wider span.")
+        rows = _inside(read_features(engine, **key, columns=[])["ts"], data, key["timeframe"])
         bars = read_bars(engine, **key, start=data.start, end=data.end)["ts"]
     finally:
         engine.dispose()

@@ -28,8 +28,9 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_database_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KALLOS_DB_URL", raising=False)
+def _nothing_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KALLOS_DB_URL", "KALLOS_OWN_FEATURES"):
+        monkeypatch.delenv(name, raising=False)
 
 
 class PostgresProcess:

@@ -146,6 +146,14 @@ __getattr__, __dir__, __all__ = lazy(
             "Mended",
             "mend_bars",
         ),
+        "own_files": (
+            "OWN_FEATURES",
+            "own_file",
+            "own_file_digest",
+            "run_own_file",
+            "tell_own_file",
+            "telling_own_file",
+        ),
         "merging": (
             "FAR",
             "WriteReport",
@@ -231,8 +239,10 @@ __getattr__, __dir__, __all__ = lazy(
             "feature_info",
             "features_table",
             "group_of",
+            "is_shipped",
             "is_signed",
             "register",
+            "register_own_features",
             "registered",
             "unregister",
         ),
@@ -255,7 +265,6 @@ __getattr__, __dir__, __all__ = lazy(
         "refresh": (
             "Refreshed",
             "refresh_features",
-            "register_own_features",
         ),
         "labels": ("make_labels",),
         "spans": (

@@ -297,6 +297,7 @@ __getattr__, __dir__, __all__ = lazy(
             "column",
             "compute_recipes",
             "describe_feature",
+            "is_code",
             "newest_rows",
             "read_recipe",
         ),

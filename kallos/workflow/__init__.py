@@ -10,7 +10,6 @@ __getattr__, __dir__, __all__ = lazy(
             "bars_to_add",
             "prepare_bars",
             "prepare_features",
-            "register_once",
             "source_of",
             "stored_series",
         ),
@@ -120,6 +119,14 @@ __getattr__, __dir__, __all__ = lazy(
             "settings_of",
             "train_settings",
             "tune_settings",
+        ),
+        "own_features": (
+            "NO_BUNDLE",
+            "bring_features",
+            "changed_own_files",
+            "leave_no_bundle",
+            "own_inputs",
+            "own_record",
         ),
         "data_fingerprints": (
             "Asked",

@@ -19,6 +19,7 @@ import pandas as pd
 from ..core.errors import KallosError
 from ..core.runs import file_hash, read_json
 from ..core.schemas import FORECASTS, check_table
+from .own_features import NO_BUNDLE
 from .parts import STEPS, Part, is_sure, read_steps
 
 # %% ../../nbs/workflow/52e_deliverables.ipynb #ab26fcaf
@@ -111,7 +112,7 @@ class Line:
 
     path: str  # from the run's folder
     ok: bool
-    why: str | None  # what is wrong; None if nothing is
+    why: str | None  # what is wrong, or why a file is not owed after all; None if neither
 
 
 def check_file(
@@ -132,12 +133,18 @@ def checklist(
     part: Part,  # of a run
 ) -> list[Line]:
     """A line for each file that the part owes."""
-    sure = [record for record in read_steps(part).values() if is_sure(record)]
-    left = {name: digest for record in sure for name, digest in record["outputs"].items()}
+    left = _left(part)
     return [_check_owed(part, name, left) for name in owed_files(part)]
 
 
+def _left(part: Part) -> dict[str, str]:
+    sure = [record for record in read_steps(part).values() if is_sure(record)]
+    return {name: digest for record in sure for name, digest in record["outputs"].items()}
+
+
 def _check_owed(part: Part, name: str, left: Mapping[str, str]) -> Line:
+    if name == "bundle" and (why := _no_bundle(part, left)):
+        return Line(f"{part.name}/{name}", True, why)
     line, path = check_file(part.folder / name, f"{part.name}/{name}"), part.folder / name
     if line.ok and path.suffix != ".log" and not any(one.split("/")[0] == name for one in left):
         return Line(line.path, False, "no step of the run as it is now has made it")
@@ -152,6 +159,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _state(record: Mapping[str, Any] | None) -> str:
     return "waiting" if record is None or (record["status"] == "done" and not is_sure(record)) else record["status"]
+
+
+def _no_bundle(part: Part, left: Mapping[str, str]) -> str | None:
+    """Why there is no bundle; None if there is one, or is to be."""
+    told = _read(part.folder / NO_BUNDLE) if left.get(NO_BUNDLE) else None
+    return told and told["why"]
 
 
 def _status(steps: Mapping[str, Mapping[str, Any]]) -> str:
@@ -172,13 +185,13 @@ _FILES = {
 def part_summary(
     part: Part,  # of a run
 ) -> dict[str, Any]:
-    """Status, steps, error, verdict and figures of a part, as `summary.json` has them."""
+    """Status, steps, error, verdict and figures of a part, and why it has no bundle, as `summary.json` has them."""
     steps = read_steps(part)
     kept = ("seconds", "peak_memory_mb")
     shown = {n: {"status": _state(r)} | {key: r.get(key) for key in kept} for n, r in steps.items()}
     failed = next(({"step": n} | r["error"] for n in STEPS if (r := steps.get(n, {})).get("error")), None)
     about = {"asset_id": part.asset_id, "timeframe": part.timeframe, "status": _status(steps)}
-    return about | {"steps": shown, "error": failed} | _figures(part)
+    return about | {"steps": shown, "error": failed, "no_bundle": _no_bundle(part, _left(part))} | _figures(part)
 
 # %% ../../nbs/workflow/52e_deliverables.ipynb #81c74ada
 _TRADED = "sentence total_return buy_and_hold sharpe deflated_sharpe max_drawdown trades exposure".split()  # noqa: SIM905

@@ -24,6 +24,7 @@ import psutil
 from ..core.errors import ArtifactError, KallosError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import mask_secrets, read_json
+from ..data.own_files import telling_own_file
 from kallos.workflow.parts import (
     STEPS,
     Part,
@@ -146,7 +147,8 @@ def run_part(
     """The exit code of the part: 0, 3 or 4; how each step ended is on record."""
     start_log(part.folder / f"run_{part.timeframe}.log")
     try:
-        with holding(part.steps, patience=90), watching_memory() as peak:
+        own = telling_own_file(part.settings.data.own_features)
+        with own, holding(part.steps, patience=90), watching_memory() as peak:
             for step in STEPS:
                 _run_step(Work(part, db), step, peak)
         return 0

@@ -23,7 +23,6 @@ import psutil
 
 # %% ../../nbs/workflow/53_pipeline.ipynb #3d3e95e3
 from ..core.config import as_parameters
-from ..core.errors import ConfigError
 from ..core.logs import log_event, start_log, stop_log
 from ..core.runs import git_state, read_json, write_json, write_manifest
 from ..core.stops import StopSign, stop_on_signal
@@ -49,7 +48,9 @@ def new_run_id(
 # %% ../../nbs/workflow/53_pipeline.ipynb #dc196f26
 def _data_of(part: Part) -> dict[str, Any]:
     found = read_json(part.steps / "data.json") if is_sure(read_steps(part).get("data")) else {}
-    return {name: found[name] for name in ("bars", "features", "funding", "seen", "tables") if name in found}
+    return {
+        name: found[name] for name in ("bars", "features", "funding", "seen", "tables", "own_features") if name in found
+    }
 
 
 def _artifacts(part: Part) -> dict[str, Path]:
@@ -162,9 +163,7 @@ def _unsaid(part: Part, why: str) -> dict[str, Any]:
 _CODES = {"done": 0, "interrupted": 3, "failed": 4}
 
 
-def _summary(
-    run_id: str, begun: datetime, parts: Sequence[Part], codes: dict[str, int], at_once: int
-) -> dict[str, Any]:
+def _summary(run_id: str, begun: datetime, parts: Sequence[Part], codes: dict[str, int]) -> dict[str, Any]:
     told = {part.name: _settle(part, part_summary(part), codes.get(part.name)) for part in parts}
     lines = [line for part in parts for line in checklist(part)]
     states = [one["status"] for one in told.values()]
@@ -173,7 +172,12 @@ def _summary(
         status = "failed"
     peaks = sorted(max([s["peak_memory_mb"] or 0 for s in one["steps"].values()], default=0) for one in told.values())
     spent = (datetime.now(UTC) - begun).total_seconds()
-    about = {"run_id": run_id, "status": status, "exit_code": _CODES[status], "peak_memory_mb": sum(peaks[-at_once:])}
+    about = {
+        "run_id": run_id,
+        "status": status,
+        "exit_code": _CODES[status],
+        "peak_memory_mb": sum(peaks[-parts[0].settings.workers.at_once :]),
+    }
     times = {"started_at": begun.isoformat(timespec="seconds"), "seconds": round(spent, 1)}
     return about | times | {"parts": told, "checklist": [asdict(line) for line in lines]}
 
@@ -270,8 +274,7 @@ def run_pipeline(
         _index(db, folder, settings, begun, None)
         _manifest(folder, settings, parts, {})
         with _logging(folder / "run.log"):
-            codes = _watched(parts, db, at_once := settings.workers.at_once, quiet)
-            summary = _summary(folder.name, begun, parts, codes, at_once)
+            summary = _summary(folder.name, begun, parts, _watched(parts, db, settings.workers.at_once, quiet))
             log_event("ended", status=summary["status"], seconds=summary["seconds"])
         run = _conclude(folder, settings, parts, summary)
         _index(db, folder, settings, begun, summary)

@@ -27,6 +27,8 @@ from ..core.config import TuneSettings
 from ..core.errors import KallosError
 from ..core.runs import derive_seed, write_json
 from ..data.database import Database
+from ..data.features import register_own_features
+from ..data.own_files import own_file, telling_own_file
 from ..data.store import read_bars
 from ..data.tables import connect
 from ..evaluation.evaluation_settings import EvaluateSettings
@@ -39,7 +41,6 @@ from .checks import Check, as_records, attempt
 from .estimates import Counts, Fold, estimate, largest_configuration, scheme_folds, study_folds
 from .fit_costs import FitCost, Measured, measure
 from .machine import free_memory_mb
-from .preparation import register_once
 from .row_checks import row_checks, settings_check
 from .settings import data_settings, end_date_of, evaluate_settings, tune_settings
 from .stored_checks import data_check, stored_bar_checks, stored_features_check
@@ -209,10 +210,10 @@ def _look_at_model(asked: _Asked, settings: Any, flight: Preflight, db: Database
 def _look_at_data(settings: Any, flight: Preflight, db: Database, fix: bool, tolerances: Tolerances) -> bool:
     """Adds the lines about bars and features; whether there is something to go on with."""
     key = {"asset_id": flight.asset_id, "timeframe": flight.timeframe}
-    own, names = settings.data.own_features, settings.features.names
+    own, names = own_file(settings.data.own_features), settings.features.names
     if own is not None:
-        register = lambda: Check("own features", "OK", f"{own} registers {', '.join(register_once(own))}")  # noqa: E731
-        flight.findings.append(attempt("own features", register, status="BLOCKED"))
+        run = lambda: Check("own features", "OK", f"{own} registers {', '.join(register_own_features(own))}")  # noqa: E731
+        flight.findings.append(attempt("own features", run, status="BLOCKED"))
     there = attempt("data", lambda: data_check(db, **key, data=settings.data, fix=fix), status="BLOCKED")
     flight.findings.append(there)
     if flight.verdict == "BLOCKED":
@@ -268,7 +269,8 @@ def run_preflight(
     flight, begun = Preflight(asset_id, timeframe), time.perf_counter()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        _look(settings, flight, db, fix, tolerances, seconds)
+        with telling_own_file(settings.data.own_features):  # to the process that measures, too
+            _look(settings, flight, db, fix, tolerances, seconds)
     except KallosError as error:
         problem, _, todo = str(error).partition(". ")
         flight.findings.append(Check("settings", "BLOCKED", problem, todo or None))

@@ -16,6 +16,7 @@ from typing import Any
 from ..core.errors import ArtifactError
 from ..data.database import Database
 from .data_fingerprints import changed_tables
+from .own_features import changed_own_files
 from .run_differences import Difference, compare_folders
 from .run_records import Run, find_run_folder, flatten, open_run
 
@@ -40,7 +41,7 @@ class Reproduction:
     run_id: str
     again: Path | None = None  # folder of the second run; None: nothing was run
     parts: list[str] = field(default_factory=list)  # that were compared
-    tables: list[str] = field(default_factory=list)  # that the database no longer holds as they were
+    tables: list[str] = field(default_factory=list)  # and the file of own features, that are not as they were
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what is no number of the run, and differs
 
@@ -103,7 +104,7 @@ def reproduce(
     parts = [part for part, status in statuses.items() if status == "done"]
     notes = [f"{part}: {status} the first time, not compared" for part, status in statuses.items() if status != "done"]
     data = {part: run.manifest["data"].get(part, {}) for part in parts}
-    tables = changed_tables({"data": data}, db)
+    tables = changed_own_files(run.manifest["settings"], data) + changed_tables({"data": data}, db)
     if tables or not parts:
         return Reproduction(run.run_id, tables=tables, parts=parts, notes=notes)
     again = Path(run_again(_settings(run), _fresh(run)))

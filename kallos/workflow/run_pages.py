@@ -118,10 +118,11 @@ def _links(folder: Path, parts: Mapping[str, Any]) -> str:
 
 
 def _checks(lines: Sequence[Mapping[str, Any]]) -> str:
-    wrong = [line for line in lines if not line["ok"]]
-    said = f"<p>{len(lines) - len(wrong)} of {len(lines)} files are there and were opened.</p>"
-    items = (f"<li>{escape(line['path'])}: {escape(line['why'] or '')}</li>" for line in wrong)
-    return said + (f"<ul>{''.join(items)}</ul>" if wrong else "")
+    there = [line for line in lines if line["ok"] and not line["why"]]
+    owed = [line for line in lines if not line["ok"] or not line["why"]]
+    said = f"<p>{len(there)} of {len(owed)} files are there and were opened.</p>"
+    items = [f"<li>{escape(line['path'])}: {escape(line['why'])}</li>" for line in lines if line["why"]]
+    return said + (f"<ul>{''.join(items)}</ul>" if items else "")
 
 # %% ../../nbs/workflow/52f_run_pages.ipynb #fe009a62
 def write_run_page(

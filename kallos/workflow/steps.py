@@ -30,12 +30,12 @@ from ..models.labelled import LABEL_TARGETS
 from ..models.storages import study_storage
 from ..models.tables import build_tables
 from ..models.tuner import best_params_path
+from . import own_features as own
 from .data_fingerprints import data_fingerprints
 from .looks import begin_looks, share_looks
 from .parts import Part, data_end, keep_data_end
 from .pipeline_settings import PipelineSettings
 from .preflight import run_preflight
-from .preparation import prepare_features
 from .reports import Report, run_notebook
 from kallos.workflow.settings import (
     backtest_settings,
@@ -109,7 +109,7 @@ def _preflight(work: Work) -> dict[str, Path]:
 # %% ../../nbs/workflow/52c_steps.ipynb #2959736e
 def _data(work: Work) -> dict[str, Path]:
     part, length = work.part, timeframe_delta(work.part.timeframe)
-    prepare_features(work.db, **_key(work))
+    own.bring_features(part.settings, db=work.db, **_key(work))
     asked = _key(work) | {"features": part.settings.features.names, "start": part.settings.data.start}
     if data_end(part) is None:
         bars = data_fingerprints(work.db, **asked, end=part.settings.data.end)["bars"]
@@ -119,7 +119,7 @@ def _data(work: Work) -> dict[str, Path]:
     end = end_date_of(_settings(work), first, last + length)
     seen = data_fingerprints(work.db, **asked, end=end)["features"]
     rows = {"rows_before": seen["rows"], "rows_after": found["features"]["rows"] - seen["rows"]}
-    return _with_tables(work, found | {"seen": seen, "end_date": end} | rows)
+    return _with_tables(work, found | {"seen": seen, "end_date": end} | rows | own.own_record(part.settings))
 
 # %% ../../nbs/workflow/52c_steps.ipynb #7159ab2d
 def _with_tables(work: Work, found: dict[str, Any]) -> dict[str, Path]:
@@ -205,6 +205,8 @@ def _bundle(work: Work) -> dict[str, Path]:
     from kallos.inference.bundle_making import make_bundle
 
     part = work.part
+    if (told := own.leave_no_bundle(part.settings.features.names, part.folder)) is not None:
+        return {own.NO_BUNDLE: told}
     made = make_bundle(part.steps / f"{work.stem}_manifest.json", db=work.db, output_path=part.folder / "bundle")
     return {f"bundle/{path.name}": path for path in sorted(made.path.iterdir())}
 
@@ -241,7 +243,7 @@ _OF_DATA = ("data", "split", "features", "labels", "model", "training", "hpo")
 def _of_study(work: Work, seen: Any) -> dict[str, Any]:
     hpo = work.part.settings.hpo
     mine = {"params_file": _hash(find_file(hpo.params_file))} if hpo.skip else _plain(_study(work))
-    return {"settings": mine, "seen": seen}
+    return {"settings": mine, "seen": seen} | own.own_inputs(work.part.settings)
 
 # %% ../../nbs/workflow/52c_steps.ipynb #1fbaafd1
 def inputs_of(
@@ -251,8 +253,8 @@ def inputs_of(
     """All that goes into the step, ready for `digest_of`."""
     part = work.part
     if step in ("preflight", "data"):
-        return _sections(work, *_OF_DATA) | {"tables": _tables(work)}
-    found, best = _found(work), {"best": _hash(work.params_file)}
+        return _sections(work, *_OF_DATA) | {"tables": _tables(work)} | own.own_inputs(part.settings)
+    found, best = _found(work), {"best": _hash(work.params_file)} | own.own_inputs(part.settings)
     seen, rows = row_fingerprints(found)
     if step == "tune":
         return _of_study(work, seen)

@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import sqlalchemy as sa
 
 from ..core.columns import BAR_COLUMNS
 from ..core.errors import KallosError
 from ..data.database import Database
-from ..data.features import compute_features, feature_info
+from ..data.features import compute_features, feature_info, is_shipped, register_own_features
 from ..data.mending import mend_bars
 from ..data.refresh import refresh_features
 from ..data.store import read_bars, read_features, stale_from, stored_features
@@ -31,7 +32,6 @@ from kallos.workflow.preparation import (
     bars_to_add,
     prepare_bars,
     prepare_features,
-    register_once,
     stored_series,
 )
 
@@ -149,14 +149,23 @@ def _fault_of(engine: sa.Engine, names: list[str], key: dict[str, str]) -> tuple
         return f"not stored: {', '.join(lacking) if stored else 'any of them'}", False
     if (since := stale_from(engine, **key)) is not None:
         return f"older than their bars, from {since:%Y-%m-%d %H:%M} on", False
-    now, own = read_features(engine, **key, columns=names), [name for name in names if name not in BAR_COLUMNS]
-    then = compute_features(read_bars(engine, **key), timeframe=key["timeframe"], names=own)
+    now, made = read_features(engine, **key, columns=names), [name for name in names if name not in BAR_COLUMNS]
+    own = any(not is_shipped(name) for name in made)  # then the rows that all features leave must be the same too
+    then = compute_features(read_bars(engine, **key), timeframe=key["timeframe"], names=None if own else made)
     both = now.merge(then, on="ts", suffixes=("", "_again"))
     if not now["ts"].isin(then["ts"]).all():
         return "of bars that are not stored", True
-    differ = [name for name in own if not np.allclose(both[name], both[f"{name}_again"], rtol=1e-6, equal_nan=True)]
+    if own and len(now) != len(then):
+        return "not those of the bars: rows are missing", True
+    differ = [name for name in made if not _alike(both[name], both[f"{name}_again"])]
     same = (both["close"] == both["close_again"]).all() if "close_again" in both else True
     return (f"not those of the bars: {', '.join(differ) or 'close'}", True) if differ or not same else (None, False)
+
+# %% ../../nbs/workflow/50n_stored_checks.ipynb #50a0b0c1
+def _alike(stored: pd.Series, again: pd.Series) -> bool:
+    """Whether they agree up to rounding, also where all of their values are tiny."""
+    scale = min(1.0, float(np.nan_to_num(again.abs().median())))
+    return np.allclose(stored, again, rtol=1e-6, atol=1e-8 * scale, equal_nan=True)
 
 
 def _compute(db: Database, key: dict[str, str], own: Any, engine: sa.Engine, full: bool) -> Prepared:
@@ -178,7 +187,7 @@ def stored_features_check(
 ) -> Check:
     """Whether the features are stored and those of the bars; ConfigError on one that is not registered."""
     if own_features is not None:
-        register_once(own_features)
+        register_own_features(own_features)
     for name in names:
         if name not in BAR_COLUMNS:
             feature_info(name)
