@@ -53,6 +53,13 @@ def _inside(rows: Any, data: Any, timeframe: str) -> Any:
     return found
 
 
+def _span(bars: Any, timeframe: str) -> tuple[Any, Any]:
+    """From the opening of the first bar to the close of the last."""
+    from kallos.core.columns import timeframe_delta
+
+    return bars.iloc[0], bars.iloc[-1] + timeframe_delta(timeframe)
+
+
 def _key(where: dict[str, Any]) -> dict[str, str]:
     return {name: where[name] for name in ("asset_id", "timeframe")}
 
@@ -61,7 +68,6 @@ def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url:
     """The boundary, and the number of rows up to it; of labelled tables neither."""
     if where["splits"]:
         return None, None
-    from kallos.core.columns import timeframe_delta
     from kallos.core.config import parse_moment
     from kallos.data.store import read_bars, read_features
     from kallos.data.tables import connect
@@ -73,9 +79,8 @@ def _extent(settings: Any, where: dict[str, Any], given: dict[str, Any], db_url:
         bars = read_bars(engine, **key, start=data.start, end=data.end)["ts"]
     finally:
         engine.dispose()
-    last = bars.iloc[-1] + timeframe_delta(key["timeframe"])
     try:
-        end = parse_moment(given.get("end_date") or end_date_of(settings, bars.iloc[0], last))
+        end = parse_moment(given.get("end_date") or end_date_of(settings, *_span(bars, key["timeframe"])))
     except ValueError as error:
         raise ConfigError(f"end_date: {error}", given["end_date"]) from None
     return end, int((rows <= end).sum())

@@ -59,6 +59,42 @@ def lines(flight: Preflight) -> dict[str, Check]:
     return {one.name: one for one in flight.findings}
 
 
+TUNED = {"hyperparameters": {"input_chunk_length": 5, "alpha": 1.0}, "model_name": "linear", "horizon": 1}
+UNFIT = {
+    "missing": (None, "cannot read the parameters file: No such file"),
+    "broken": ("{", "it is not JSON"),
+    "no table": ({"hyperparameters": [1]}, "are no table"),
+    "another question": (TUNED | {"horizon": 3}, "horizon: tuned for 3, given 1"),
+    "later rows": (TUNED | {"end_date": "2021-10-01"}, "later than this training may see"),
+    "no date": (TUNED | {"end_date": "soon"}, "end_date: must be a date such as"),
+    "no such hyperparameter": ({"alhpa": 1.0, "input_chunk_length": 5}, "linear has no hyperparameter alhpa"),
+    "no input": ({"alpha": 1.0}, "input_chunk_length"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_without_a_search_the_file_of_parameters_is_checked_as_training_would(url, tmp_path, name):
+    content, said = UNFIT[name]
+    file = tmp_path / "best.json"
+    if content is not None:
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+    flight = flown(url, {"hpo.skip": True, "hpo.params_file": str(file)})
+    assert flight.verdict == "BLOCKED"
+    assert [said in one.text for one in flight.findings if one.status == "BLOCKED"] == [True], flight.findings
+
+
+def test_without_a_search_no_folds_of_it_are_asked_for(url, tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(module, "measure", lambda *asked, **how: tried.append((asked[1], how["largest"])) or MEASURED)
+    (tmp_path / "best.json").write_text(json.dumps(TUNED))
+    skip = {"hpo.skip": True, "hpo.params_file": str(tmp_path / "best.json"), "split.folds": 500}
+    flight = flown(url, skip)
+    assert flight.verdict == "OK_TO_TRAIN", flight.findings
+    assert "folds" not in lines(flight) and lines(flight)["parameters"].status == "OK"
+    assert tried == [([TUNED["hyperparameters"]], None)]
+    assert lines(flown(url, {"split.folds": 500}))["folds"].status == "BLOCKED"
+
+
 def run_sql(url: str, *statements: str) -> None:
     engine = sa.create_engine(url)
     with engine.begin() as connection:

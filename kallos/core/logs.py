@@ -47,7 +47,7 @@ def _cut_half_line(path: Path) -> None:
         with path.open("rb+") as file:
             file.truncate(content.rfind(b"\n") + 1)
 
-# %% ../../nbs/core/03b_logs.ipynb #03b0c0d1
+# %% ../../nbs/core/03b_logs.ipynb #868b9d6d
 def start_log(
     path: str | Path | None = None,  # file that receives the JSON lines; None for no file
     *,

@@ -6,6 +6,7 @@
 __all__ = ['read_params', 'merge_params', 'refuse_later_end', 'hyperparameters_of', 'seen_by']
 
 # %% ../../nbs/models/23b_parameters.ipynb #d6ee3f69
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +51,31 @@ def _plain(name: str, value: Any) -> Any:
     return read_feature_groups(value) if name == "feature_groups" else value
 
 
+def _end_of(found: dict[str, Any], params_file: str | Path) -> datetime | None:
+    """The last moment that the tuning saw; None if the file names none."""
+    try:
+        return parse_moment(found["end_date"]) if found.get("end_date") is not None else None
+    except ValueError as error:
+        raise ConfigError(f"{params_file}: end_date: {error}", found["end_date"]) from None
+
+
 def _check_end(found: dict[str, Any], given: dict[str, Any], params_file: str | Path) -> None:
-    if (
-        "end_date" in found
-        and "end_date" in given
-        and parse_moment(given["end_date"]) < parse_moment(found["end_date"])
-    ):
+    end = _end_of(found, params_file)
+    if end is not None and "end_date" in given and parse_moment(given["end_date"]) < end:
         problem = f"{params_file} was tuned on rows up to {found['end_date']}, later than this training may see"
         raise ConfigError(problem, received=given["end_date"], next_step="Use that end date, or tune with this one.")
 
-
+# %% ../../nbs/models/23b_parameters.ipynb #4caf1d27
 def refuse_later_end(
     params_file: str | Path,  # what tuning wrote
     end_date: Any,  # of a run that judges the parameters on rows up to it
 ) -> None:
     """Returns nothing; ConfigError if the run would judge rows that the tuning never saw."""
-    tuned = read_params(params_file).get("end_date")
-    if tuned is not None and parse_moment(str(end_date)) > parse_moment(tuned):
-        problem = f"the rows after {tuned}, which {params_file} never saw, would be seen without being counted"
+    tuned = _end_of(found := read_params(params_file), params_file)
+    if tuned is not None and parse_moment(str(end_date)) > tuned:
+        problem = (
+            f"the rows after {found['end_date']}, which {params_file} never saw, would be seen without being counted"
+        )
         todo = "Use that end date; `kallos-run evaluate` with it forecasts what comes after, and keeps a record."
         raise ConfigError(problem, received=str(end_date), next_step=todo)
 

@@ -48,6 +48,7 @@ __getattr__, __dir__, __all__ = lazy(
             "features_check",
             "folds_check",
             "held_out_check",
+            "parameters_check",
             "row_checks",
             "settings_check",
             "target_check",

@@ -34,7 +34,7 @@ from ..data.tables import connect
 from ..evaluation.evaluation_settings import EvaluateSettings
 from ..evaluation.held_out import load_all_rows
 from ..models.architectures import MODELS, longest_input, space_of
-from ..models.parameters import read_params
+from ..models.parameters import hyperparameters_of
 from ..models.tables import build_tables
 from .bar_checks import TOLERANCES, Tolerances
 from .checks import Check, as_records, attempt
@@ -120,7 +120,7 @@ def first_configurations(
 
 def _configurations(asked: _Asked, settings: Any) -> list[dict[str, Any]]:
     if settings.hpo.skip and settings.hpo.params_file:
-        return [read_params(settings.hpo.params_file)["hyperparameters"]]
+        return [hyperparameters_of(asked.judged)]
     return first_configurations(asked.space, seed=asked.tune.seed, count=min(MOST_TIMED, asked.tune.n_trials))
 
 # %% ../../nbs/workflow/51_preflight.ipynb #54a40180
@@ -192,10 +192,11 @@ def _counts(asked: _Asked, settings: Any) -> Counts:
 # %% ../../nbs/workflow/51_preflight.ipynb #4755f922
 def _look_at_model(asked: _Asked, settings: Any, flight: Preflight, db: Database, seconds: float) -> None:
     """Adds the lines about a step, memory and time."""
-    begun, largest = time.perf_counter(), largest_configuration(asked.space)
+    begun, timed = time.perf_counter(), _configurations(asked, settings)
+    largest = timed[0] if settings.hpo.skip else largest_configuration(asked.space)
+    largest = largest if MODELS[asked.tune.model_name].is_network else None
     try:
-        largest = largest if MODELS[asked.tune.model_name].is_network else None
-        found = measure(asked.tune, _configurations(asked, settings), db=db, largest=largest, seconds=seconds)
+        found = measure(asked.tune, timed, db=db, largest=largest, seconds=seconds)
     except KallosError as error:
         flight.findings.append(Check("step", "BLOCKED", *str(error).split(". ", 1)))
         return
@@ -246,10 +247,8 @@ def _look(settings: Any, flight: Preflight, db: Database, fix: bool, tolerances:
     with tempfile.TemporaryDirectory(prefix="kallos-") as folder:
         asked = _asked(settings, flight, db, Path(folder))
         flight.findings.append(attempt("settings", lambda: settings_check(asked.tune), status="BLOCKED"))
-        window = longest_input(asked.tune)
-        flight.findings += row_checks(
-            asked.rows, asked.tune, judged=asked.judged, lookback=window, tolerances=tolerances
-        )
+        how = {"judged": asked.judged, "searched": not settings.hpo.skip, "lookback": longest_input(asked.tune)}
+        flight.findings += row_checks(asked.rows, asked.tune, **how, tolerances=tolerances)
         flight.seconds = time.perf_counter() - begun
         if flight.verdict != "BLOCKED":
             _look_at_model(asked, settings, flight, db, seconds)
