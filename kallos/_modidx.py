@@ -2085,6 +2085,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'kallos.filed_settings': { 'kallos.filed_settings._extent': ('filed_settings.html#_extent', 'kallos/filed_settings.py'),
                                        'kallos.filed_settings._inside': ('filed_settings.html#_inside', 'kallos/filed_settings.py'),
                                        'kallos.filed_settings._only': ('filed_settings.html#_only', 'kallos/filed_settings.py'),
+                                       'kallos.filed_settings._telling': ('filed_settings.html#_telling', 'kallos/filed_settings.py'),
                                        'kallos.filed_settings.file_settings': ( 'filed_settings.html#file_settings',
                                                                                 'kallos/filed_settings.py'),
                                        'kallos.filed_settings.filed_values': ( 'filed_settings.html#filed_values',

@@ -161,7 +161,7 @@ def _fault_of(engine: sa.Engine, names: list[str], key: dict[str, str]) -> tuple
     same = (both["close"] == both["close_again"]).all() if "close_again" in both else True
     return (f"not those of the bars: {', '.join(differ) or 'close'}", True) if differ or not same else (None, False)
 
-
+# %% ../../nbs/workflow/50n_stored_checks.ipynb #df8f239c
 def _alike(stored: pd.Series, again: pd.Series) -> bool:
     """Whether they agree up to rounding, also where all of their values are tiny."""
     scale = min(1.0, float(np.nan_to_num(again.abs().median())))
