@@ -2087,6 +2087,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'kallos.filed_settings._key': ('filed_settings.html#_key', 'kallos/filed_settings.py'),
                                        'kallos.filed_settings._only': ('filed_settings.html#_only', 'kallos/filed_settings.py'),
                                        'kallos.filed_settings._span': ('filed_settings.html#_span', 'kallos/filed_settings.py'),
+                                       'kallos.filed_settings._telling': ('filed_settings.html#_telling', 'kallos/filed_settings.py'),
                                        'kallos.filed_settings.file_settings': ( 'filed_settings.html#file_settings',
                                                                                 'kallos/filed_settings.py'),
                                        'kallos.filed_settings.filed_values': ( 'filed_settings.html#filed_values',

@@ -25,7 +25,6 @@ def file_settings(
 ) -> "PipelineSettings":
     """The settings of the file, with what was typed in their place; ConfigError as of `read_settings`."""
     from kallos.core.config import read_feature_groups
-    from kallos.data.own_files import tell_own_file
     from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import read_settings
 
@@ -37,7 +36,13 @@ def file_settings(
         typed["assets"] = [given["asset_id"]]
     if "feature_groups" in given:
         typed["features"] = read_feature_groups(given["feature_groups"]).model_dump()
-    settings = read_settings(given["config"], overrides=typed)
+    return _telling(read_settings(given["config"], overrides=typed))
+
+# %% ../nbs/58c_filed_settings.ipynb #ace9384a
+def _telling(settings: "PipelineSettings") -> "PipelineSettings":
+    """The settings, whose file of own features, if they name one, every process knows from here on."""
+    from kallos.data.own_files import tell_own_file
+
     tell_own_file(settings.data.own_features)
     return settings
 

@@ -13,9 +13,11 @@ import pytest
 from kallos.core.errors import ConfigError
 from kallos.core.runs import read_json
 from kallos.data.features import feature_info, group_of, registered, unregister
+from kallos.data.own_files import telling_own_file
+from kallos.filed_settings import file_settings
 from kallos.workflow.part_runs import read_part
 from kallos.workflow.parts import digest_of, read_steps
-from kallos.workflow.steps import Work, inputs_of
+from kallos.workflow.steps import Work, do_step, inputs_of
 from tests import pipelines as p
 
 CODE = """
@@ -106,6 +108,14 @@ def test_processes_that_are_begun_know_the_feature(own):
     assert found == ["unbounded_features", "bounded_features"]
 
 
+def test_a_file_of_settings_tells_its_file_of_features(own, monkeypatch):
+    monkeypatch.delenv("KALLOS_OWN_FEATURES")
+    config = own.with_name("mine.yaml")
+    config.write_text(f"assets: [BTC]\ndata: {{own_features: {own}}}\nfeatures: {{unbounded_features: [own_range]}}\n")
+    assert file_settings({"config": config}).features.names == ["own_range"]
+    assert group_of("own_range") == "unbounded_features"
+
+
 # A run
 
 
@@ -167,8 +177,9 @@ def test_another_file_redoes_the_steps_and_is_no_reproduction(done, tmp_path, mo
     assert current(work) == dict.fromkeys(STEPS, False)
     assert "own.py is not as it was" in p.kallos(folder, "reproduce", "own", code=5)
     before = read_json(folder / "reports" / "own" / "1d" / "steps" / "data.json")["features"]["fingerprint"]
-    p.kallos(folder, "all", "--resume", "own")
-    assert current(work) == dict.fromkeys(STEPS, True)
+    with telling_own_file("own.py"):
+        for step in ("preflight", "data"):  # which make the columns those of the file; the rest is other inputs
+            do_step(work, step)
     assert read_json(work.part.steps / "data.json")["features"]["fingerprint"] != before
 
 
