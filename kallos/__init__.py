@@ -40,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy(
             "Interrupted",
             "OPTIONS",
             "command",
+            "same_database",
             "tell_chosen",
             "tell_next",
         ),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .core.errors import KallosError
-from .options import Interrupted, command, tell_next
+from .options import Interrupted, command, same_database, tell_next
 
 if TYPE_CHECKING:
     from kallos.workflow.pipeline import PipelineRun
@@ -56,11 +56,12 @@ def _tell(run: "PipelineRun") -> None:
     typer.echo(f"\n{run.folder / 'index.html'}")
 
 # %% ../nbs/59p_all_commands.ipynb #0834623b
-def _leave(run: "PipelineRun") -> None:
+def _leave(run: "PipelineRun", db_url: str | None = None) -> None:
     from kallos.workflow.run_records import naming
 
     name, reports = run.folder.name, run.folder.parent
-    again = f"`kallos-run all --resume {name}{naming(reports, '--paths-reports')}` goes on where it stood"
+    where = naming(reports, "--paths-reports") + same_database(db_url)
+    again = f"`kallos-run all --resume {name}{where}` goes on where it stood"
     if run.exit_code == 3:
         raise Interrupted(f"the run {name} was stopped; {again}")
     if run.exit_code == 4:
@@ -69,7 +70,7 @@ def _leave(run: "PipelineRun") -> None:
         raise RunFailed(f"the run {name} is not whole: {what}", next_step=f"Mend it; {again}.")
     steps = run.folder / next(iter(run.summary["parts"])) / "steps"
     board = f"kallos-run dashboard --folder {shlex.quote(str(steps))}"
-    tell_next(f"kallos-run reproduce {name}{naming(reports, '--reports')}", board)
+    tell_next(f"kallos-run reproduce {name}{naming(reports, '--reports')}{same_database(db_url)}", board)
 
 # %% ../nbs/59p_all_commands.ipynb #46eee0ff
 @command(
@@ -89,4 +90,4 @@ def all_(
     how = {"db": given.get("db_url"), "quiet": given.get("quiet", False)}
     run = run_pipeline(settings, run_id=resumed or given.get("run_name"), resume=resumed is not None, **how)
     _tell(run)
-    _leave(run)
+    _leave(run, given.get("db_url"))

@@ -14,7 +14,7 @@ import typer
 
 from .core.errors import ConfigError, DataError
 from .filed_settings import file_settings, filed_values
-from .options import command, tell_next
+from .options import command, same_database, tell_next
 
 if TYPE_CHECKING:
     from kallos.core.config import RunSettings
@@ -198,13 +198,6 @@ def _tell_files(settings: "RunSettings", *names: str) -> None:
     paths = [settings.folder / name.replace("*", _stem(settings)) for name in names]
     typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in paths if path.exists())]))
 
-
-def _same_database(db_url: str | None) -> str:
-    from kallos.core.runs import mask_secrets
-
-    shown = '"$URL"' if mask_secrets(db_url) != db_url else shlex.quote(db_url or "")
-    return f" --db-url {shown}" if db_url else ""
-
 # %% ../nbs/59c_run_commands.ipynb #68a624d6
 def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) -> None:
     from kallos.core.runs import read_json
@@ -227,7 +220,7 @@ def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) ->
         run = {"splits": settings.splits, "params-file": file}
     options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in run.items())
     board = f"kallos-run dashboard --folder {shlex.quote(str(settings.folder))}"
-    tell_next(f"kallos-run train {options}{_same_database(db_url)}", board)
+    tell_next(f"kallos-run train {options}{same_database(db_url)}", board)
 
 # %% ../nbs/59c_run_commands.ipynb #15cab083
 def _tell_trained(settings: "RunSettings", no_report: bool) -> None:

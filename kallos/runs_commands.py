@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .core.errors import KallosError
-from .options import Interrupted, command
+from .options import Interrupted, command, same_database
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -198,10 +198,10 @@ def _tell(found: "Reproduction") -> None:
         typer.echo(f"\nThe second run: {found.again}")
 
 # %% ../nbs/59o_runs_commands.ipynb #8d46a622
-def _stopped(again: Path) -> str:
+def _stopped(again: Path, db: str | None) -> str:
     from kallos.workflow.run_records import naming
 
-    resume = f"`kallos-run all --resume {again.name}{naming(again.parent, '--paths-reports')}`"
+    resume = f"`kallos-run all --resume {again.name}{naming(again.parent, '--paths-reports')}{same_database(db)}`"
     prune = f"`kallos-run runs prune --failed{naming(again.parent, '--reports')}`"
     return f"the second run, {again.name}, was stopped; {resume} goes on with it, {prune} tells what can be removed"
 
@@ -215,7 +215,7 @@ def _run_again(first: Any, db: str | None) -> Any:
         checked = PipelineSettings.from_values(settings, source="the manifest")
         again = run_pipeline(checked, db=db, run_id=run_id, like=first.folder)
         if again.exit_code == 3:
-            raise Interrupted(_stopped(again.folder))
+            raise Interrupted(_stopped(again.folder, db))
         return again.folder
 
     return run
