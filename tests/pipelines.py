@@ -14,7 +14,7 @@ from kallos.core.runs import file_hash
 ROOT = Path(__file__).resolve().parents[1]
 SHOWCASE = ROOT / "config" / "showcase.yaml"
 KALLOS = str(Path(sys.executable).with_name("kallos-run"))
-WRONG = ("--set", "per_timeframe.12h.split.folds=500")  # more folds than there are rows for
+OTHER = {"12h": "1d", "1d": "12h"}  # the parts of the showcase: a network, and a linear model
 LABELLED = {  # what a run forecasts -> its settings beside those of the showcase
     "label": {
         "labels": {"target_col": "label", "horizon": 3, "volatility_window": 30},

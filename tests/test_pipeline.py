@@ -199,14 +199,13 @@ def start(folder: Path, *words: object) -> subprocess.Popen:
         return subprocess.Popen([p.KALLOS, *map(str, words)], **how)
 
 
-def stopped_and_resumed(folder: Path, whole: Path, *, stops: int, seed: int) -> None:
-    """Stops a run at random moments; of its two parts one fails, and the other ends as in the whole run."""
-    rng, steps = random.Random(seed), p.summary(whole)["parts"]["1d"]["steps"].values()
-    between = sum(step["seconds"] for step in steps) / stops
-    run, begin = (
-        p.with_market(folder) / "reports" / "stopped",
-        ("--config", p.SHOWCASE, "--run-id", "stopped", *p.WRONG),
-    )
+def stopped_and_resumed(folder: Path, whole: Path, kept: str, *more: object, stops: int, seed: int) -> None:
+    """Stops a run at random moments; of its two parts one fails, and the one that is kept ends as in the whole run."""
+    rng, steps = random.Random(seed), p.summary(whole)["parts"][kept]["steps"].values()
+    between, broken = sum(step["seconds"] for step in steps) / stops, p.OTHER[kept]
+    wrong = ("--set", f"per_timeframe.{broken}.split.folds=500")  # more folds than there are rows for
+    begin = ("--config", p.SHOWCASE, "--run-id", "stopped", *wrong, *more)
+    run = p.with_market(folder) / "reports" / "stopped"
     words = begin
     for number in range(stops):
         process = start(folder, "all", *words)
@@ -217,23 +216,29 @@ def stopped_and_resumed(folder: Path, whole: Path, *, stops: int, seed: int) -> 
         assert code in ((3, 4) if gently else (4, -9)), (folder / "said.txt").read_text()
         words = ("--resume", "stopped") if (run / "manifest.json").exists() else begin
     said = p.kallos(folder, "all", *words, code=4)
-    assert "12h failed" in said
+    assert f"{broken} failed" in said
     found = p.summary(run)
-    assert {name: part["status"] for name, part in found["parts"].items()} == {"12h": "failed", "1d": "done"}
-    assert found["parts"]["12h"]["error"]["step"] == "preflight"
-    assert "500 folds" in found["parts"]["12h"]["error"]["message"]
-    assert all(line["ok"] for line in found["checklist"] if line["path"].startswith("1d/"))
-    assert p.hashes(run / "1d") == p.hashes(whole / "1d")
+    assert {name: part["status"] for name, part in found["parts"].items()} == {broken: "failed", kept: "done"}
+    assert found["parts"][broken]["error"]["step"] == "preflight"
+    assert "500 folds" in found["parts"][broken]["error"]["message"]
+    assert all(line["ok"] for line in found["checklist"] if line["path"].startswith(f"{kept}/"))
+    assert p.hashes(run / kept) == p.hashes(whole / kept)
 
 
 def test_a_killed_run_ends_as_if_it_never_had_been_and_its_failed_part_leaves_the_other_whole(whole, tmp_path):
-    stopped_and_resumed(tmp_path / "killed", whole, stops=2, seed=1)
+    stopped_and_resumed(tmp_path / "killed", whole, "1d", stops=2, seed=1)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_a_run_that_was_killed_ten_times_ends_as_if_it_never_had_been(whole, tmp_path):
-    stopped_and_resumed(tmp_path / "killed", whole, stops=10, seed=2)
+    stopped_and_resumed(tmp_path / "killed", whole, "1d", stops=10, seed=2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_a_network_that_two_workers_tune_is_killed_ten_times(both, tmp_path):
+    stopped_and_resumed(tmp_path / "killed", both, "12h", "--workers-n-jobs", 2, stops=10, seed=3)
 
 
 @pytest.mark.soak
