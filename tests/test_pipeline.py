@@ -329,3 +329,31 @@ def test_runs_in_one_postgresql_schema_have_studies_of_their_own(postgres_url, t
     do_step(works[1], "tune")
     again = read_json(works[1].part.folder / "optuna_best.json")
     assert again == best[1]
+
+
+def test_two_assets_side_by_side_with_parameters_that_were_searched_before(tmp_path):
+    for seed, asset in enumerate(("BTC", "ETH")):
+        p.kallos(tmp_path, "sample", "--asset-id", asset, "--timeframe", "1d", "--start", "2023-01-01", "--seed", seed)
+    (tmp_path / "best.json").write_text(json.dumps({"hyperparameters": {"input_chunk_length": 3, "alpha": 1.0}}))
+    what = ("--assets", "BTC,ETH", "--timeframes", "1d", "--workers-at-once", 2)
+    p.kallos(
+        tmp_path,
+        "all",
+        "--config",
+        p.SHOWCASE,
+        "--run-id",
+        "two",
+        *what,
+        "--hpo-skip",
+        "--hpo-params-file",
+        "best.json",
+    )
+    run = tmp_path / "reports" / "two"
+    found = p.summary(run)
+    assert {name: part["status"] for name, part in found["parts"].items()} == {"BTC/1d": "done", "ETH/1d": "done"}
+    assert all(line["ok"] for line in found["checklist"]) and not list(run.rglob("tune.ipynb"))
+    assert file_hash(run / "BTC" / "1d" / "model.pt") != file_hash(run / "ETH" / "1d" / "model.pt")
+    for asset in ("BTC", "ETH"):
+        forecasts = pd.read_parquet(run / asset / "1d" / "preds_test.parquet")
+        assert {*forecasts["asset_id"]} == {asset}
+        assert len(read_json(run.parent / f"{asset}_1d_test_looks.json")["looks"]) == 1
