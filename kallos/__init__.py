@@ -63,8 +63,8 @@ __getattr__, __dir__, __all__ = lazy(
             "config",
             "config_app",
         ),
+        "dashboard_commands": ("dashboard", "dashboard_app"),
         "run_commands": (
-            "dashboard",
             "run_app",
             "train",
             "tune",

@@ -6,7 +6,6 @@
 __all__ = ['all_app', 'RunFailed', 'all_']
 
 # %% ../nbs/59p_all_commands.ipynb #6d387ed7
-import shlex
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -68,8 +67,7 @@ def _leave(run: "PipelineRun", db_url: str | None = None) -> None:
         failed = [part_name for part_name, part in run.summary["parts"].items() if part["status"] == "failed"]
         what = f"{', '.join(failed)} failed" if failed else "files are missing or broken"
         raise RunFailed(f"the run {name} is not whole: {what}", next_step=f"Mend it; {again}.")
-    steps = run.folder / next(iter(run.summary["parts"])) / "steps"
-    board = f"kallos-run dashboard --folder {shlex.quote(str(steps))}"
+    board = f"kallos-run dashboard {name}{naming(reports, '--reports')}"
     tell_next(f"kallos-run reproduce {name}{naming(reports, '--reports')}{same_database(db_url)}", board)
 
 # %% ../nbs/59p_all_commands.ipynb #46eee0ff

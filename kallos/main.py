@@ -18,6 +18,7 @@ from .backtest_commands import backtest_app
 from .bundle_commands import bundle_app
 from .config_commands import config_app
 from .core.errors import KallosError
+from .dashboard_commands import dashboard_app
 from .data_commands import data_app
 from .doctor_commands import doctor_app
 from .drift_commands import drift_app
@@ -38,7 +39,7 @@ Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupt
 5 done, and the answer is no."""
 app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
 _RESEARCH = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
-_PIPELINE = (config_app, doctor_app, all_app, runs_app, reproduce_app)
+_PIPELINE = (config_app, doctor_app, all_app, runs_app, reproduce_app, dashboard_app)
 for commands in (*_PIPELINE, *_RESEARCH, bundle_app, predict_app, serve_app, drift_app):
     app.add_typer(commands)
 

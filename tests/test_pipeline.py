@@ -4,11 +4,13 @@ import json
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pandas as pd
 import psutil
@@ -73,6 +75,26 @@ def test_a_file_that_was_changed_or_lost_is_found_by_the_checklist(whole, tmp_pa
     card.write_text(card.read_text() + " ")
     wrong = {line.path: line.why for line in checklist(read_part(copy, "1d")) if not line.ok}
     assert {*wrong} == {f"1d/{name}" for name in ("trades.csv", "model.pt", "equity_curve.png", "tune.ipynb", "bundle")}
+
+
+def test_the_dashboard_finds_the_study_of_a_run_with_its_notes(whole):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start(whole.parents[1], "dashboard", "whole/1d", "--port", port)
+    try:
+        studies, end = None, time.monotonic() + 60
+        while studies is None and time.monotonic() < end:
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5) as page:
+                studies = json.load(page)["study_summaries"]
+            time.sleep(0.2)
+        with urlopen(f"http://127.0.0.1:{port}/api/studies/{studies[0]['study_id']}", timeout=5) as page:
+            found = json.load(page)
+    finally:
+        server.kill()
+    assert studies[0]["study_name"] == "linear_BTC_1d_log_return_h1"
+    assert "The best is number" in found["note"]["body"] and "| model | linear |" in found["note"]["body"]
+    assert all("against the naive forecast" in trial["note"]["body"] for trial in found["trials"])
 
 
 def market_goes_on(folder: Path) -> None:

@@ -87,6 +87,7 @@ __getattr__, __dir__, __all__ = lazy(
             "kept_by_sampler",
             "suggest",
         ),
+        "study_notes": ("MARK", "study_note", "trial_note", "write_notes"),
         "trial_records": (
             "keep_results",
             "result_tables",

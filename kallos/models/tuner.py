@@ -41,7 +41,8 @@ from .progress import Progress
 from .pruning import Judge, create_pruner
 from .rounds import Others, validate_in_turns
 from .samplers import check_sampler
-from .storages import local_study, outlast, study_storage
+from .storages import folder_storage, local_study, outlast, study_storage
+from .study_notes import write_notes
 from .trial_records import keep_results, result_tables
 from .validation import FoldResult, prepare_fold, validate
 
@@ -220,7 +221,7 @@ def tune(
         _copy(study, settings, db)  # before the work too, because it may be refused
         if is_open(study, settings.n_trials):
             _spend(study, settings, db, is_stopping, progress)
-    study = _open(settings, db, table)
+    write_notes(study := _open(settings, db, table))
     _copy(study, settings, db)
     if is_stopping():
         raise KeyboardInterrupt
@@ -240,6 +241,7 @@ def _home(settings: TuneSettings, db: Any) -> AbstractContextManager:
 def _copy(study: optuna.Study, settings: TuneSettings, db: Any) -> None:
     if not _is_local(db):
         studies.copy_to_sqlite(study, settings.folder / "optuna.db", storage=study_storage(settings, db))
+        write_notes(optuna.load_study(study_name=study.study_name, storage=folder_storage(settings.folder)))
 
 # %% ../../nbs/models/25_tuner.ipynb #80cd0aa5
 WORK = "kallos.models.tuner.work"

@@ -5,6 +5,7 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "run_studies": ("ManyStores", "Studies", "has_study", "studies_of", "study_folders"),
         "preparation": (
             "Prepared",
             "bars_to_add",
