@@ -83,10 +83,9 @@ def study_note(
 MARK = "<!-- by kallos -->"
 
 
-def _save(thing: Any, note: str) -> None:
-    from optuna_dashboard import get_note, save_note
+def _save(thing: Any, note: str, there: str) -> None:
+    from optuna_dashboard import save_note
 
-    there = get_note(thing)
     if there != (ours := f"{MARK}\n{note}") and (not there or there.startswith(MARK)):
         save_note(thing, ours)
 
@@ -95,7 +94,11 @@ def write_notes(
     study: optuna.Study,  # in a storage that may be written
 ) -> None:
     """Writes the notes of the study and its finished trials where they are lacking or old; returns nothing."""
+    from optuna_dashboard._note import get_note_from_system_attrs
+
+    kept = study._storage.get_study_system_attrs(study._study_id)  # once: a study of many trials has many
     for trial in study.get_trials(deepcopy=False):
         if trial.state.is_finished():
-            _save(optuna.Trial(study, trial._trial_id), trial_note(trial))
-    _save(study, study_note(study))
+            there = get_note_from_system_attrs(kept, trial._trial_id)["body"]
+            _save(optuna.Trial(study, trial._trial_id), trial_note(trial), there)
+    _save(study, study_note(study), get_note_from_system_attrs(kept, None)["body"])
