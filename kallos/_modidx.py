@@ -3511,6 +3511,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'kallos/models/importance.py'),
                                           'kallos.models.importance.inputs_of': ( 'models/importance.html#inputs_of',
                                                                                   'kallos/models/importance.py'),
+                                          'kallos.models.importance.latest_rows': ( 'models/importance.html#latest_rows',
+                                                                                    'kallos/models/importance.py'),
                                           'kallos.models.importance.move_inputs': ( 'models/importance.html#move_inputs',
                                                                                     'kallos/models/importance.py'),
                                           'kallos.models.importance.run_importance': ( 'models/importance.html#run_importance',

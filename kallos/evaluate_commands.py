@@ -43,8 +43,8 @@ def _report(settings: "EvaluateSettings") -> Path:
     return settings.folder / f"{settings.title}_{settings.asset_id}_evaluate.ipynb"
 
 
-_OF_A_MODEL = {"model_name", "params_file", "feature_groups", "n_epochs", "importance_repeats", "seed", "exact"}
-_OF_A_MODEL |= {"gradient_clip", "batch_size"}
+_OF_A_MODEL = {"model_name", "params_file", "feature_groups", "n_epochs", "seed", "exact"}
+_OF_A_MODEL |= {"gradient_clip", "batch_size", "importance_repeats", "importance_rows"}
 
 # %% ../nbs/59f_evaluate_commands.ipynb #b439d77b
 def _tell(settings: "EvaluateSettings") -> None:
@@ -68,7 +68,8 @@ _MODEL = """ensemble model_name asset_id start_date end_date last_date splits pa
 feature_groups horizon seed device precision"""
 _SPLITS = "schemes n_splits n_groups n_test_groups refit_every first_train_share train_window embargo"
 _FIT = "n_epochs max_epochs patience exact train_stride max_samples_per_epoch gradient_clip batch_size"
-_VERDICT = "n_jobs dask_scheduler fee level importance_repeats optuna_schema output_path db_url no_report"
+_VERDICT = """n_jobs dask_scheduler fee level importance_repeats importance_rows optuna_schema output_path db_url
+no_report"""
 
 # %% ../nbs/59f_evaluate_commands.ipynb #be145535
 @command(

@@ -100,6 +100,7 @@ _EVALUATION = {
     "fee": option(float, "Share of the traded amount, on each side; 0.001 is 10 basis points.", "0.001"),
     "level": option(float, "How often chance may be taken for skill.", "0.05"),
     "importance_repeats": option(int, "Moves of each input for its importance; 0 leaves that out.", "5"),
+    "importance_rows": option(int, "Most rows of a fold that importance asks, the latest; 0 asks all.", "2000"),
 }
 
 # %% ../nbs/59_options.ipynb #5c81e0da

@@ -117,7 +117,8 @@ def _importance(settings: EvaluateSettings, db: Any, progress: bool) -> pd.DataF
         return pd.DataFrame()
     scheme, hyperparameters, table, splitter = open_validation(of_scheme(settings, "cv"), db)
     how = {"settings": scheme, "folder": validation_folder(scheme), "progress": progress}
-    found = run_importance(table, splitter, hyperparameters, n_repeats=settings.importance_repeats, **how)
+    how |= {"n_repeats": settings.importance_repeats, "n_rows": settings.importance_rows}
+    found = run_importance(table, splitter, hyperparameters, **how)
     return summarise_importance(found)
 
 

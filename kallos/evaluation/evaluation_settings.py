@@ -45,6 +45,9 @@ class EvaluateSettings(FoldSettings):
     fee: float = Field(0.001, ge=0, lt=1, description="share of the traded amount, on each side")
     level: float = Field(0.05, gt=0, lt=0.5, description="how often chance may be taken for skill")
     importance_repeats: int = Field(5, ge=0, le=100, description="moves of each input; 0: no importance")
+    importance_rows: int = Field(
+        2000, ge=0, description="most rows of a fold, the latest, that importance asks; 0: all"
+    )
     optuna_schema: SchemaName = Field("optuna", description="PostgreSQL schema of the study")
 
     @property
@@ -78,7 +81,7 @@ def evaluation_folder(
 
 # %% ../../nbs/evaluation/33a_evaluation_settings.ipynb #9a2d844f
 _ASKED = "asset_id timeframe target_col horizon splits end_date".split()  # noqa: SIM905
-_KNOWN = "model_name params_file feature_groups n_epochs importance_repeats".split()  # noqa: SIM905
+_KNOWN = "model_name params_file feature_groups n_epochs importance_repeats importance_rows".split()  # noqa: SIM905
 
 
 def _agree(name: str, given: Any, known: Any) -> None:

@@ -260,6 +260,7 @@ __getattr__, __dir__, __all__ = lazy(
             "TARGET_INPUT",
             "fold_importance",
             "inputs_of",
+            "latest_rows",
             "move_inputs",
             "run_importance",
             "summarise_importance",

@@ -151,7 +151,8 @@ def evaluate_seconds(
     spent = sum(fold_seconds(cost, fold, settings, epochs=epochs) for folds in schemes.values() for fold in folds)
     moved = len(inputs_of(judged.feature_groups, judged.target_col)) * judged.importance_repeats
     asked = schemes.get("cv") or next(iter(schemes.values()))
-    spent += sum(moved * fold.tested * cost.forecast for fold in asked)
+    most = judged.importance_rows or max(fold.tested for fold in asked)
+    spent += sum(moved * min(most, fold.tested) * cost.forecast for fold in asked)
     return spent + train_seconds(cost, held_out, settings)
 
 # %% ../../nbs/workflow/50r_estimates.ipynb #2b42c335

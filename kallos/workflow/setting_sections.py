@@ -106,7 +106,8 @@ TrainingSection = section(
 )
 
 # %% ../../nbs/workflow/46b_setting_sections.ipynb #1806c276
-_JUDGED = "n_splits n_groups n_test_groups first_train_share refit_every fee level importance_repeats"
+_JUDGED = """n_splits n_groups n_test_groups first_train_share refit_every fee level importance_repeats
+importance_rows"""
 EvaluationSection = section(
     "EvaluationSection",
     "The verdict on the model.",
