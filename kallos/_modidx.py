@@ -4295,6 +4295,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'kallos/workflow/estimates.py'),
                                            'kallos.workflow.estimates._judging': ( 'workflow/estimates.html#_judging',
                                                                                    'kallos/workflow/estimates.py'),
+                                           'kallos.workflow.estimates._memory': ( 'workflow/estimates.html#_memory',
+                                                                                  'kallos/workflow/estimates.py'),
                                            'kallos.workflow.estimates._most': ( 'workflow/estimates.html#_most',
                                                                                 'kallos/workflow/estimates.py'),
                                            'kallos.workflow.estimates._of_winner': ( 'workflow/estimates.html#_of_winner',

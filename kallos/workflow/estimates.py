@@ -24,7 +24,7 @@ from ..models.cross_validation import create_splitter
 from ..models.importance import inputs_of
 from ..models.layouts import study_layout
 from ..models.pruning import FIRST_EPOCH, STARTUP_TRIALS, pruner_name
-from ..models.validation import INNER_SHARE
+from ..models.validation import INNER_SHARE, MOST_WINDOWS
 from ..models.windows import FIRST_SHARE
 from .fit_costs import FitCost, Measured
 
@@ -179,7 +179,7 @@ def largest_configuration(
     return {name: _most(one) for name, one in space.items()} | middle
 
 # %% ../../nbs/workflow/50r_estimates.ipynb #84328e00
-NOTEBOOK_SECONDS, _SHARED, _BACKTEST, _BUNDLE = 12.0, 0.85, 15.0, 15.0
+NOTEBOOK_SECONDS, _SHARED, _BACKTEST, _BARS, _BUNDLE = 12.0, 0.85, 18.0, 2.5e-3, 12.0
 
 
 def _side_by_side(work: float, jobs: int, workers: int, start: float) -> float:
@@ -211,6 +211,17 @@ def _of_winner(
     fit = train_seconds(cost, counts.held_out, settings)
     return {"train": fit + NOTEBOOK_SECONDS, "evaluate": spread + NOTEBOOK_SECONDS}
 
+# %% ../../nbs/workflow/50r_estimates.ipynb #5a1f0c21
+def _memory(found: Measured, counts: Counts, workers: int) -> dict[str, int]:
+    """MiB of the largest process, and of all."""
+    judged = [fold for folds in counts.schemes.values() for fold in folds]
+    most = max(fold.tested for fold in (counts.held_out, *counts.study, *judged))
+    share = min(1.0, most / MOST_WINDOWS)
+    worker = found.memory_mb + share * max(cost.chunk_mb for cost in found.costs)
+    others = 2 if workers > 1 else 1
+    together = workers * worker + others * found.memory_mb - (workers + others - 1) * found.shared_mb
+    return {"memory_mb": round(worker), "total_memory_mb": round(together)}
+
 # %% ../../nbs/workflow/50r_estimates.ipynb #a6583cd8
 def estimate(
     found: Measured,  # what fits cost
@@ -225,13 +236,11 @@ def estimate(
     start = found.start_seconds + found.load_seconds
     work = tune_seconds(found.costs, counts.study, settings) if counts.study else 0.0
     tune = _side_by_side(work, settings.n_trials * max(1, len(counts.study)), workers, start)
-    fixed = {"preflight": spent, "data": found.load_seconds + NOTEBOOK_SECONDS, "tune": tune + NOTEBOOK_SECONDS}
-    fixed |= {"backtest": _BACKTEST + NOTEBOOK_SECONDS, "bundle": _BUNDLE}
+    fixed = {"preflight": spent, "data": 1 + found.load_seconds, "tune": tune + NOTEBOOK_SECONDS}
+    fixed |= {"backtest": _BACKTEST + _BARS * counts.held_out.tested + NOTEBOOK_SECONDS, "bundle": _BUNDLE}
     each = [_of_winner(found, cost, counts, settings, judged) for cost in found.costs]
     steps = fixed | {name: float(np.mean([one[name] for one in each])) for name in ("train", "evaluate")}
     sums = sorted(sum(fixed.values()) + sum(one.values()) for one in each)
     order = ("preflight", "data", "tune", "train", "evaluate", "backtest", "bundle")
     told = {"seconds": {name: round(steps[name], 1) for name in order}, "total_seconds": round(sum(steps.values()), 1)}
-    memory = found.memory_mb + max(cost.chunk_mb for cost in found.costs)
-    told |= {"range": [round(sums[0]), round(sums[-1])], "memory_mb": round(memory), "workers": workers}
-    return told | {"total_memory_mb": round(workers * memory + found.memory_mb * (2 if workers > 1 else 1))}
+    return told | {"range": [round(sums[0]), round(sums[-1])], "workers": workers} | _memory(found, counts, workers)

@@ -123,13 +123,13 @@ def _pass(fit: Fit, fold: DartsFold, hyperparameters: dict, settings: TuneSettin
     return float(loss), float(np.linalg.norm(norms)) if norms else 0.0
 
 # %% ../../nbs/workflow/50p_fit_costs.ipynb #c10866fd
-def _forecast_cost(fit: Fit, fold: DartsFold, length: int, settings: TuneSettings) -> tuple[float, float]:
-    """Seconds a forecast, and MiB while as many are made as are made at once."""
+def _forecast_cost(fit: Fit, folds: tuple[DartsFold, DartsFold], settings: TuneSettings, length: int) -> tuple:
+    """Seconds a forecast, and MiB while as many are made as are made at once; the first fold only warms up."""
     clock, how = _clock(settings), {"settings": settings, "input_chunk_length": length}
-    with _peak() as peak:
-        n = len(forecast_fold(fit.model, fold, **how))
+    forecast_fold(fit.model, folds[0], **how)
     begun = clock()
-    forecast_fold(fit.model, fold, **how)  # the first one also warmed up
+    with _peak() as peak:
+        n = len(forecast_fold(fit.model, folds[1], **how))
     took = clock() - begun
     return took / n, peak.most * MOST_WINDOWS / n if MODELS[settings.model_name].is_network else peak.most
 
@@ -145,8 +145,9 @@ def _measure_network(
         fold = _small_fold(table, settings, length, batches * batch, 8)
         fit, last, start = _fit(fold, hyperparameters, settings, 2)
     windows = batches * batch
-    forecast, chunk = _forecast_cost(fit, _small_fold(table, settings, length, batch, 256), length, settings)
-    loss, gradient = _pass(fit, _small_fold(table, settings, length, batch, 8), hyperparameters, settings)
+    small, large = (_small_fold(table, settings, length, batch, n) for n in (8, 512))
+    forecast, chunk = _forecast_cost(fit, (small, large), settings, length)
+    loss, gradient = _pass(fit, small, hyperparameters, settings)
     told = {"loss": loss, "gradient": gradient, "chunk_mb": chunk}
     return FitCost(hyperparameters, start, last / max(windows, 1), forecast, **told)
 
@@ -159,7 +160,7 @@ def _measure_rows(table: pd.DataFrame, settings: TuneSettings, hyperparameters: 
         fit = fit_fold(fold, hyperparameters, settings=settings, plan=FitPlan(), seed=settings.seed)
         took.append(max(clock() - begun, 1e-4))
     growth = float(np.clip(np.log(took[1] / took[0]) / np.log(sizes[1] / sizes[0]), 0.3, 2))
-    forecast, chunk = _forecast_cost(fit, fold, length, settings)
+    forecast, chunk = _forecast_cost(fit, (fold, fold), settings, length)
     return FitCost(hyperparameters, 0.0, took[1] / sizes[1], forecast, chunk_mb=chunk, at=sizes[1], growth=growth)
 
 
@@ -187,6 +188,7 @@ class Measured:
     load_seconds: float  # to load the rows
     rows: int
     memory_mb: float  # the most that it held at once
+    shared_mb: float = 0.0  # of it what processes of this kind have in common: the code of the libraries
 
 
 def _measure(asked: dict[str, Any]) -> dict[str, Any]:
@@ -196,10 +198,10 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     table = load_rows(settings, asked["db"])
     loaded = time.process_time() - started
     costs = [measure_fit(table, settings, one, seconds=asked["seconds"]) for one in asked["configurations"]]
-    held = peak_memory_mb()
+    held, shared = peak_memory_mb(), getattr(psutil.Process().memory_info(), "shared", 0) / 2**20
     largest = asked["largest"] and measure_fit(table, settings, asked["largest"], most=1)
     found = {"costs": [asdict(one) for one in costs], "largest": largest and asdict(largest), "memory_mb": held}
-    return found | {"start_seconds": started, "load_seconds": loaded, "rows": len(table)}
+    return found | {"shared_mb": shared, "start_seconds": started, "load_seconds": loaded, "rows": len(table)}
 
 # %% ../../nbs/workflow/50p_fit_costs.ipynb #86c3fc48
 def serve() -> None:
