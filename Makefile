@@ -9,7 +9,10 @@ CHECK_PYTHON = { $(PYTHON) -c '$(IS_3_11)' 2>/dev/null || { echo "kallos needs P
 
 # Several processes of one thread each do more than one process with many threads on the same cores.
 test check soak: export OMP_NUM_THREADS := 1
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
+# Hundreds of processes are started: without the compiled files each would compile kallos anew.
+test check soak: export PYTHONDONTWRITEBYTECODE :=
+# A module's tests share what is costly to make, so one worker runs them all.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 DEMO := reports/BTC/1d
 DEMO_RUN := --model-name gru --asset-id BTC --end-date 2023-01-01 --output-path $(DEMO)

