@@ -7,7 +7,7 @@ __all__ = ['EvaluateSettings', 'of_scheme', 'evaluation_folder', 'evaluation_set
 
 # %% ../../nbs/evaluation/33a_evaluation_settings.ipynb #a07fe9d4
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import optuna
 from pydantic import BeforeValidator, Field, model_validator
@@ -34,6 +34,12 @@ def _read_schemes(value: Any) -> Any:
         raise ValueError(f"must be some of {', '.join(SCHEMES)}")
     return tuple(name for name in SCHEMES if name in names)
 
+
+def _no_end_beside_splits(settings: "EvaluateSettings") -> "EvaluateSettings":
+    if settings.splits is not None and settings.last_date is not None:
+        raise ValueError("last_date has no meaning beside splits: labelled tables end where they were made to")
+    return settings
+
 # %% ../../nbs/evaluation/33a_evaluation_settings.ipynb #ef725341
 class EvaluateSettings(FoldSettings):
     """The settings of an evaluation."""
@@ -57,11 +63,7 @@ class EvaluateSettings(FoldSettings):
             return self.model_name
         return self.ensemble.absolute().parent.name.removesuffix(f"_{self.asset_id}_ensemble")
 
-    @model_validator(mode="after")
-    def _tables_end_by_themselves(self) -> Self:
-        if self.splits is not None and self.last_date is not None:
-            raise ValueError("last_date has no meaning beside splits: labelled tables end where they were made to")
-        return self
+    _tables_end_by_themselves = model_validator(mode="after")(_no_end_beside_splits)
 
 # %% ../../nbs/evaluation/33a_evaluation_settings.ipynb #b0171e65
 def of_scheme(
