@@ -97,7 +97,8 @@ def runs_list(
     found = _listed(_reports(given), _index(given))
     heads = ("run_id", "status", "began", "seconds")
     rows = [[*(one[name] for name in heads), _told(one["parts"])] for one in found]
-    table = Rows(f"{len(found)} runs in {_reports(given)}", (*heads, "skill"), rows)
+    count = f"{len(found)} run{'s' * (len(found) > 1)}"
+    table = Rows(f"{count} in {_reports(given)}", (*heads, "skill"), rows)
     return Answer(found, [table] if found else f"There are no runs in {_reports(given)}.")
 
 # %% ../nbs/59o_runs_commands.ipynb #4bc0bbc3
