@@ -34,15 +34,21 @@ __getattr__, __dir__, __all__ = lazy(
             "many",
             "option",
         ),
+        "completions": ("COMPLETIONS",),
+        "answers": (
+            "Answer",
+            "Rows",
+            "speaking",
+            "tell",
+        ),
         "inference_options": ("INFERENCE",),
         "runs_options": ("RUNS_OPTIONS",),
         "options": (
             "Interrupted",
             "OPTIONS",
             "command",
+            "flattered",
             "same_database",
-            "tell_chosen",
-            "tell_next",
         ),
         "data_commands": (
             "column_mapping",

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import KallosError
-from .options import Interrupted, command, same_database, tell_next
+from .options import Interrupted, command, same_database
 
 if TYPE_CHECKING:
     from kallos.workflow.pipeline import PipelineRun
@@ -26,7 +27,7 @@ def _settings(given: dict[str, Any]) -> "PipelineSettings":
     from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import change_settings, read_settings
 
-    typed = overrides_of(given.get("settings", []), also=("--config", "--run-id", "--resume", "--quiet"))
+    typed = overrides_of(given.get("settings", []), also=("--config", "--run-id", "--resume", "--json", "--quiet"))
     if "resume_run" not in given or "config" in given:
         return read_settings(given.get("config"), overrides=typed)
     paths = {name: value for name, value in typed.items() if name.partition(".")[0] == "paths"}
@@ -41,51 +42,64 @@ class RunFailed(KallosError):
     exit_code = 4
 
 # %% ../nbs/59p_all_commands.ipynb #50aba187
-def _tell(run: "PipelineRun") -> None:
-    for line in run.checklist:
-        typer.echo(f"  {'ok     ' if line.ok else 'MISSING'} {line.path}{f': {line.why}' if line.why else ''}")
+def _in_words(run: "PipelineRun") -> list[str]:
+    lines = [
+        f"  {'ok     ' if line.ok else 'MISSING'} {line.path}{f': {line.why}' if line.why else ''}"
+        for line in run.checklist
+    ]
     owed = [line for line in run.checklist if not (line.ok and line.why)]
-    typer.echo(f"{sum(line.ok for line in owed)} of {len(owed)} deliverables are there and whole.\n")
+    lines.append(f"{sum(line.ok for line in owed)} of {len(owed)} deliverables are there and whole.\n")
     for name, part in run.summary["parts"].items():
-        typer.echo(f"{name}: {part['sentence'] or part['status']}")
-        if part["backtest"]:
-            typer.echo(f"{name}: {part['backtest']['sentence']}")
-        if part["error"]:
-            typer.echo(f"{name}: failed in {part['error']['step']}: {part['error']['message']}", err=True)
-    typer.echo(f"\n{run.folder / 'index.html'}")
+        lines.append(f"{name}: {part['sentence'] or part['status']}")
+        lines += [f"{name}: {part['backtest']['sentence']}"] if part["backtest"] else []
+    return [*lines, f"\n{run.folder / 'index.html'}"]
+
+
+def _faults(run: "PipelineRun") -> list[str]:
+    errors = {name: part["error"] for name, part in run.summary["parts"].items() if part["error"]}
+    return [f"{name}: failed in {error['step']}: {error['message']}" for name, error in errors.items()]
 
 # %% ../nbs/59p_all_commands.ipynb #0834623b
-def _leave(run: "PipelineRun", db_url: str | None = None) -> None:
+def _failure(run: "PipelineRun", db_url: str | None = None) -> KallosError | None:
     from kallos.workflow.run_records import naming
 
     name, reports = run.folder.name, run.folder.parent
     where = naming(reports, "--paths-reports") + same_database(db_url)
     again = f"`kallos-run all --resume {name}{where}` goes on where it stood"
     if run.exit_code == 3:
-        raise Interrupted(f"the run {name} was stopped; {again}")
+        return Interrupted(f"the run {name} was stopped; {again}")
     if run.exit_code == 4:
         failed = [part_name for part_name, part in run.summary["parts"].items() if part["status"] == "failed"]
         what = f"{', '.join(failed)} failed" if failed else "files are missing or broken"
-        raise RunFailed(f"the run {name} is not whole: {what}", next_step=f"Mend it; {again}.")
-    board = f"kallos-run dashboard {name}{naming(reports, '--reports')}"
-    tell_next(f"kallos-run reproduce {name}{naming(reports, '--reports')}{same_database(db_url)}", board)
+        return RunFailed(f"the run {name} is not whole: {what}", next_step=f"Mend it; {again}.")
+    return None
+
+
+def _next(run: "PipelineRun", db_url: str | None = None) -> list[str]:
+    from kallos.workflow.run_records import naming
+
+    named = f"{run.folder.name}{naming(run.folder.parent, '--reports')}"
+    return [f"kallos-run reproduce {named}{same_database(db_url)}", f"kallos-run dashboard {named}"]
 
 # %% ../nbs/59p_all_commands.ipynb #46eee0ff
 @command(
     all_app,
-    "config run_name resume_run quiet db_url",
+    "config run_name resume_run db_url",
     extra=True,
+    codes={4: "a part failed, or a file is missing"},
     example="--config config/train.yaml --assets BTC --hpo-trials 50",
     stopped="what is done is kept, and --resume goes on.",
 )
 def all_(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Preflight, data, tune, train, evaluate, backtest and bundle for every timeframe, each by itself."""
     from kallos.workflow.pipeline import run_pipeline
 
     settings, resumed = _settings(given), given.get("resume_run")
-    how = {"db": given.get("db_url"), "quiet": given.get("quiet", False)}
-    run = run_pipeline(settings, run_id=resumed or given.get("run_name"), resume=resumed is not None, **how)
-    _tell(run)
-    _leave(run, given.get("db_url"))
+    db_url, run_id = given.get("db_url"), resumed or given.get("run_name")
+    run = run_pipeline(settings, run_id=run_id, resume=resumed is not None, db=db_url)
+    found, failure = run.summary | {"folder": run.folder, "exit_code": run.exit_code}, _failure(run, db_url)
+    found["checklist"] = run.checklist
+    after = () if failure else _next(run, db_url)
+    return Answer(found, _in_words(run), following=after, faults=_faults(run), failure=failure)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import ConfigError, DataError, KallosError
 from .data_commands import register_own
 from .options import command
@@ -82,10 +83,11 @@ def _run(given: dict[str, Any], engine: Any) -> "Audit":
     "audited_asset audited_timeframe forecasts features horizons probes tables_folder seed own_features report db_url",
     example="--asset-id BTC --timeframe 1d",
     stopped="nothing was written.",
+    codes={5: "a leak was found"},
 )
 def audit(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Try to catch a look into the future: in features, labels, splits and scalers of an asset, or in --forecasts."""
     from kallos.core.runs import write_json
     from kallos.data.tables import connect
@@ -95,9 +97,7 @@ def audit(
     register_own(given)
     report, engine = given.pop("report", None), connect(given.pop("db_url", None), create=False)
     found = _run(given, engine)
-    typer.echo(found.text())
-    if report:
-        write_json(report, found.to_dict())
-    if not found.passed:
-        columns = ", ".join(dict.fromkeys(found.findings["column"]))
-        raise LeakFound("the audit found a leak", received=columns, next_step="The lines above name the rows.")
+    files = [write_json(report, found.to_dict())] if report else []
+    columns = ", ".join(dict.fromkeys(found.findings["column"]))
+    leak = LeakFound("the audit found a leak", received=columns, next_step="The answer names the rows.")
+    return Answer(found.to_dict(), found.text(), files, failure=None if found.passed else leak)

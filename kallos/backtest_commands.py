@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import ConfigError
-from .options import command, tell_next
+from .core.waiting import doing
+from .options import command
 
 if TYPE_CHECKING:
     from kallos.evaluation.backtest_settings import BacktestSettings
@@ -40,16 +42,29 @@ def _settings(given: dict[str, Any]) -> "BacktestSettings":
     return BacktestSettings.from_values(values, source="the options")
 
 # %% ../nbs/59h_backtest_commands.ipynb #29e854cb
-def _tell(folder: Path) -> None:
+def _run_here(settings: "BacktestSettings", db_url: str | None) -> None:
+    from kallos.evaluation.backtest_runs import run_backtest
+
+    with doing("trading the forecasts, and the twins that know nothing"):
+        run_backtest(settings, db=db_url)
+
+
+def _run_report(settings: "BacktestSettings", folder: Path, db_url: str | None) -> None:
+    from kallos.workflow.reports import run_notebook
+
+    run_notebook("backtest", settings, output=folder.with_name(f"{folder.name}.ipynb"), db_url=db_url)
+
+# %% ../nbs/59h_backtest_commands.ipynb #abfa3a84
+def _answer(folder: Path) -> Answer:
     from kallos.core.runs import read_json
 
     found = read_json(folder / "backtest_metrics.json", what="backtest")
-    typer.echo("\n".join([found["sentence"], *found["notes"], found["looks"], f"The search: {found['search']}"]))
     page = folder.with_name(f"{folder.name}.html")
     names = ("backtest.html", "equity_curve.png", "trades.csv", "equity.csv", "backtest_metrics.json", "manifest.json")
     files = [*([page] if page.exists() else []), *(folder / name for name in names)]
-    typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
-    tell_next("nothing: a strategy that is changed until these rows like it was chosen by them")
+    said = [found["sentence"], *found["notes"], found["looks"], f"The search: {found['search']}"]
+    after = "nothing: a strategy that is changed until these rows like it was chosen by them"
+    return Answer(found, said, files, [after])
 
 # %% ../nbs/59h_backtest_commands.ipynb #4124d50a
 _ACCOUNT = """forecasts capital account_market maker_fee taker_fee half_spread slippage slippage_volatility
@@ -64,22 +79,16 @@ _RUN = "in_sample seen_until last_date n_shuffles no_sensitivity threads seed re
     f"{_ACCOUNT} {_STRATEGY} {_RUN}",
     example="--forecasts gru_BTC_evaluation/test_forecasts.parquet --taker-fee 0.0005",
     stopped="nothing was written, and the same command begins anew.",
+    codes={4: "the report failed"},
 )
 def backtest(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Trade forecasts on rows that the model has not seen, beside buy and hold and twins that know nothing."""
     from kallos.evaluation.backtest_settings import backtest_folder, read_traded
 
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
     settings = _settings(given)
     folder = backtest_folder(settings, read_traded(settings, db_url))
-    if no_report:
-        from kallos.evaluation.backtest_runs import run_backtest
-
-        run_backtest(settings, db=db_url)
-    else:
-        from kallos.workflow.reports import run_notebook
-
-        run_notebook("backtest", settings, output=folder.with_name(f"{folder.name}.ipynb"), db_url=db_url)
-    _tell(folder)
+    _run_here(settings, db_url) if no_report else _run_report(settings, folder, db_url)
+    return _answer(folder)

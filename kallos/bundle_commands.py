@@ -11,8 +11,10 @@ from typing import Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import ConfigError
-from .options import command, tell_next
+from .core.waiting import doing
+from .options import command
 
 bundle_app = typer.Typer()
 
@@ -25,9 +27,14 @@ def _verdict(manifest: dict[str, Any]) -> str:
     return f"{found['sentence']}{other}"
 
 
-def _tell(manifest: dict[str, Any], digest: str, path: Path) -> None:
-    needs = f"the newest {manifest['bars_needed']} bars of {manifest['timeframe']} of {', '.join(manifest['assets'])}"
-    typer.echo(f"{_verdict(manifest)}\n\n{manifest['id']} needs {needs}.\n  {path}\n  digest {digest}")
+def _values(manifest: dict[str, Any], digest: str, path: Path) -> dict[str, Any]:
+    about = {name: manifest[name] for name in ("id", "assets", "timeframe", "bars_needed", "evaluation")}
+    return about | {"verdict": _verdict(manifest), "digest": digest, "path": path}
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    needs = f"the newest {found['bars_needed']} bars of {found['timeframe']} of {', '.join(found['assets'])}"
+    return f"{found['verdict']}\n\n{found['id']} needs {needs}.\n  {found['path']}\n  digest {found['digest']}"
 
 # %% ../nbs/59i_bundle_commands.ipynb #a06febe8
 @command(
@@ -39,16 +46,18 @@ def _tell(manifest: dict[str, Any], digest: str, path: Path) -> None:
 )
 def bundle(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Pack a trained model or an ensemble with its features, scaler and verdict into a bundle, and prove it."""
     from kallos.inference.bundle_making import make_bundle
 
     names = {"bundle_path": "output_path", "db_url": "db"}
-    made = make_bundle(given.pop("manifest"), **{names.get(name, name): value for name, value in given.items()})
-    _tell(made.manifest, made.digest, made.path)
+    with doing("packing the model, and proving the bundle in a fresh process"):
+        made = make_bundle(given.pop("manifest"), **{names.get(name, name): value for name, value in given.items()})
+    found = _values(made.manifest, made.digest, made.path) | {"proof": made.proof}
     windows, largest = made.proof["windows"], made.proof["largest"]
-    typer.echo(f"  proven in a fresh process on {windows:,} windows, largest difference {largest:.2g}")
-    tell_next(f"kallos-run predict --bundle {made.path}", f"kallos-run serve --bundles {made.path.parent}")
+    proven = f"  proven in a fresh process on {windows:,} windows, largest difference {largest:.2g}"
+    after = [f"kallos-run predict --bundle {made.path}", f"kallos-run serve --bundles {made.path.parent}"]
+    return Answer(found, [_in_words(found), proven], following=after)
 
 # %% ../nbs/59i_bundle_commands.ipynb #0f275efd
 @command(
@@ -60,7 +69,7 @@ def bundle(
 )
 def verify(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Open a bundle as a stranger would, check every byte of it, and say what it is."""
     from kallos.inference.bundle import load_bundle
 
@@ -68,6 +77,6 @@ def verify(
     if not path.exists():
         raise ConfigError("there is no bundle", str(path), "`kallos-run bundle` makes one.")
     found = load_bundle(path, public_key=given.get("public_key"))
-    _tell(found.manifest, found.digest, path)
-    signed = "signed by the key" if given.get("public_key") else "whoever made it"
-    typer.echo(f"  whole, and gives its golden forecast; {signed}")
+    values = _values(found.manifest, found.digest, path) | {"signed": "public_key" in given}
+    signed = "signed by the key" if values["signed"] else "whoever made it"
+    return Answer(values, [_in_words(values), f"  whole, and gives its golden forecast; {signed}"])

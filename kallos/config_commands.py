@@ -11,13 +11,14 @@ from typing import Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import ConfigError
-from .options import command, tell_next
+from .options import command
 
 config_app = typer.Typer()
 
 # %% ../nbs/59m_config_commands.ipynb #3ebfebb5
-def _write(path: Path, replace: bool) -> None:
+def _write(path: Path, replace: bool) -> Answer:
     from kallos.core.runs import atomic_write
     from kallos.workflow.settings_text import settings_text
 
@@ -25,53 +26,46 @@ def _write(path: Path, replace: bool) -> None:
         raise ConfigError(f"{path} is there already", next_step="Choose another name, or say --replace.")
     with atomic_write(path, "w") as file:
         file.write(settings_text())
-    typer.echo(f"{path}: every setting with its default")
-    tell_next(f"kallos-run config --config {path}")
+    after = [f"kallos-run config --config {path}"]
+    return Answer({"path": path}, f"{path}: every setting with its default", following=after)
 
 # %% ../nbs/59m_config_commands.ipynb #3d68d757
-def _resolve(given: dict[str, Any]) -> str:
-    import json
-
+def _resolve(given: dict[str, Any]) -> Answer:
     import yaml
 
     from kallos.core.config import as_parameters
     from kallos.workflow.setting_words import overrides_of
     from kallos.workflow.settings import read_settings
 
-    typed = overrides_of(given.get("settings", []), also=("--config", "--write", "--replace", "--json"))
+    typed = overrides_of(given.get("settings", []), also=("--config", "--write", "--replace", "--json", "--quiet"))
     found = as_parameters(read_settings(given.get("config"), overrides=typed))
-    return json.dumps(found, indent=2) if "as_json" in given else yaml.safe_dump(found, sort_keys=False).rstrip()
+    return Answer(found, yaml.safe_dump(found, sort_keys=False).rstrip())
 
 # %% ../nbs/59m_config_commands.ipynb #a266f9aa
-def _list(as_json: bool) -> str:
-    import json
+def _list() -> Answer:
     import shutil
 
     from kallos.workflow.pipeline_settings import PipelineSettings
     from kallos.workflow.settings_text import settings_table
 
-    if as_json:
-        return json.dumps(PipelineSettings.model_json_schema(), indent=2)
     head = "Settings of a run; hpo.trials is typed as --hpo-trials, and written as `trials:` below `hpo:` in a file."
-    return f"{head}\n\n{settings_table(shutil.get_terminal_size((120, 40)).columns)}"
+    table = settings_table(shutil.get_terminal_size((120, 40)).columns)
+    return Answer(PipelineSettings.model_json_schema(), [head, "", table])
 
 # %% ../nbs/59m_config_commands.ipynb #43b908ce
 @command(
     config_app,
-    "config write replace_file as_json",
+    "config write replace_file",
     example="--config config/train.yaml",
     stopped="nothing was written.",
     extra=True,
 )
 def config(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """List every setting of a run, write them as a commented file, or check a file and print what it says."""
     if "write" in given:
         if "config" in given or "settings" in given:
             raise ConfigError("--write writes the defaults", next_step="Leave --config and settings out.")
-        _write(given["write"], given.get("replace_file", False))
-    elif "config" in given or "settings" in given:
-        typer.echo(_resolve(given))
-    else:
-        typer.echo(_list("as_json" in given))
+        return _write(given["write"], given.get("replace_file", False))
+    return _resolve(given) if "config" in given or "settings" in given else _list()

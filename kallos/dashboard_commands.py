@@ -6,11 +6,13 @@
 __all__ = ['dashboard_app', 'dashboard']
 
 # %% ../nbs/59q_dashboard_commands.ipynb #59q00003
+import socket
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from .answers import Answer, tell
 from .core.errors import ConfigError, DataError
 from .options import command
 
@@ -69,12 +71,21 @@ def _shown(given: dict[str, Any]) -> tuple[Any, Any]:
         return _of_schema(connect(url, create=False), given.get("optuna_schema", "optuna"))
     return _of_folder(given.get("folder", Path()))
 
+# %% ../nbs/59q_dashboard_commands.ipynb #42ab424e
+def _free_port(host: str, port: int) -> int:
+    try:
+        with socket.create_server((host, port)) as door:
+            return door.getsockname()[1]
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host} ({error.strerror})", port, "Name another --port.") from None
+
 # %% ../nbs/59q_dashboard_commands.ipynb #59q00017
 @command(
     dashboard_app,
     "run_id folder optuna_schema host port reports db_url",
     example="20240501/15m",
     stopped="the studies are as they were.",
+    codes={0: "done, as when Ctrl-C ends it"},
 )
 def dashboard(
     given: dict[str, Any],  # the options that were typed
@@ -82,8 +93,7 @@ def dashboard(
     """Serve optuna-dashboard for the studies of a run, of a folder, or of a PostgreSQL database."""
     from optuna_dashboard import run_server
 
-    (storage, artifacts), host, port = _shown(given), given.get("host", "127.0.0.1"), given.get("port", 8080)
-    try:
-        run_server(storage, host=host, port=port, artifact_store=artifacts)
-    except OSError as error:
-        raise ConfigError(f"cannot listen at {host} ({error.strerror})", port, "Name another --port.") from None
+    (storage, artifacts), host = _shown(given), given.get("host", "127.0.0.1")
+    port = _free_port(host, given.get("port", 8080))
+    tell(Answer({"url": f"http://{host}:{port}"}, f"Optuna's dashboard: http://{host}:{port}"))
+    run_server(storage, host=host, port=port, artifact_store=artifacts)

@@ -11,8 +11,10 @@ from typing import Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import ConfigError, DataError
-from .options import command, tell_next
+from .core.waiting import doing
+from .options import command
 
 data_app = typer.Typer()
 _AGAIN = "nothing is half written, and the same command starts again."
@@ -35,7 +37,7 @@ def _assets(given: dict[str, Any]) -> list[str]:
 )
 def sample(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Write an invented market into the database, to try everything without a download."""
     from kallos.data.sample import sample_bars
     from kallos.data.store import write_bars
@@ -43,20 +45,35 @@ def sample(
 
     target = {name: given.pop(name) for name in ("asset_id", "replace") if name in given}
     db_url = given.pop("db_url", None)
-    bars = sample_bars(**given)
-    done = write_bars(connect(db_url), bars, timeframe=given["timeframe"], venue="sample", market="spot", **target)
-    span = _span(bars["ts"].iloc[0], bars["ts"].iloc[-1])
-    _tell_written(f"the sample market (seed {given.get('seed', 0)}): {len(bars)} bars, {span}", done)
-    tell_next(f"kallos-run features --asset-id {target['asset_id']} --timeframe {given['timeframe']}")
+    about = {"asset_id": target["asset_id"], "timeframe": given["timeframe"]}
+    with doing(f"a market of {about['timeframe']}"):
+        bars = sample_bars(**given)
+        done = write_bars(connect(db_url), bars, timeframe=given["timeframe"], venue="sample", market="spot", **target)
+    found = about | {"seed": given.get("seed", 0)} | _extent(len(bars), *bars["ts"].iloc[[0, -1]]) | _written(done)
+    said = f"the sample market (seed {found['seed']}): {_in_words(found)}"
+    return Answer(found, said, following=[f"kallos-run features {_named(about)}"])
 
 # %% ../nbs/59b_data_commands.ipynb #ef1b3d86
-def _span(first: Any, last: Any) -> str:
-    return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M}"
+def _extent(bars: int, first: Any, last: Any) -> dict[str, Any]:
+    return {"bars": bars, "first": first, "last": last}
 
 
-def _tell_written(what: str, done: Any) -> None:
-    kept = f", {done.kept} not replaced, for what was stored is better" if done.kept else ""
-    typer.echo(f"{what}; {done.inserted} new, {done.updated} changed, {done.unchanged} known{kept}")
+def _written(done: Any) -> dict[str, Any]:
+    return {"written": {name: getattr(done, name) for name in ("inserted", "updated", "unchanged", "kept")}}
+
+
+def _span(found: dict[str, Any]) -> str:
+    return f"{found['bars']} bars, {found['first']:%Y-%m-%d %H:%M} to {found['last']:%Y-%m-%d %H:%M}"
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    done = found["written"]
+    kept = f", {done['kept']} not replaced, for what was stored is better" if done["kept"] else ""
+    return f"{_span(found)}; {done['inserted']} new, {done['updated']} changed, {done['unchanged']} known{kept}"
+
+
+def _named(found: dict[str, Any]) -> str:
+    return f"--asset-id {found['asset_id']} --timeframe {found['timeframe']}"
 
 # %% ../nbs/59b_data_commands.ipynb #64763854
 _INGEST = "files asset_id timeframe venue market quote mapping fill_gaps drop_last replace allow_batch_symbols db_url"
@@ -92,7 +109,7 @@ def column_mapping(
 )
 def ingest(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Write the bars of files, as exchanges and vendors provide them, into the database, checked and repaired."""
     from kallos.core.config import project_root
     from kallos.data.assets import list_assets
@@ -104,9 +121,9 @@ def ingest(
     given["mapping"], engine = column_mapping(given), connect(given.pop("db_url", None))
     with _bar("reading") as progress:
         found = ingest_files(engine, files, progress=_bytes_of(progress), **given)
-    for one in found:
-        _tell_ingested(one, list_assets(engine))
-    tell_next(*(f"kallos-run features --asset-id {one.asset_id} --timeframe {given['timeframe']}" for one in found))
+    series = [_ingested(one, list_assets(engine)) for one in found]
+    words = [_ingested_in_words(one, values) for one, values in zip(found, series, strict=True)]
+    return Answer({"series": series}, words, following=[f"kallos-run features {_named(one)}" for one in series])
 
 # %% ../nbs/59b_data_commands.ipynb #c50137d2
 def _bar(what: str, **options: Any) -> Any:
@@ -123,22 +140,33 @@ def _bytes_of(bar: Any) -> Any:
     return tell
 
 # %% ../nbs/59b_data_commands.ipynb #84e6636b
-def _tell_ingested(one: Any, stored: Any) -> None:
+def _ingested(one: Any, stored: Any) -> dict[str, Any]:
     from kallos.core.config import project_root
+
+    about = {"asset_id": one.asset_id, "timeframe": one.repair.timeframe}
+    mine = stored[(stored["asset_id"] == one.asset_id) & (stored["timeframe"] == one.repair.timeframe)]
+    held = [_extent(int(row.bars), row.first, row.last) for row in mine.itertuples()]
+    found = about | _extent(one.repair.bars, one.repair.first, one.repair.last) | _written(one.written)
+    return found | {
+        "rows": one.repair.rows,
+        "found": one.repair.counts,
+        "stored": held[0] if held else None,
+        "report": one.save(project_root() / "reports" / "ingest"),
+    }
+
+# %% ../nbs/59b_data_commands.ipynb #85cd9c91
+def _ingested_in_words(one: Any, found: dict[str, Any]) -> str:
     from kallos.data.rules import RULES
     from kallos.data.sources import recognised_text
 
-    typer.echo(recognised_text(one.recognised))
-    typer.echo(one.repair.text())
-    span = _span(one.repair.first, one.repair.last)
-    _tell_written(f"{one.asset_id} {one.repair.timeframe}: {one.repair.bars} bars, {span}", one.written)
-    mine = stored[(stored["asset_id"] == one.asset_id) & (stored["timeframe"] == one.repair.timeframe)]
-    if len(mine) and mine["bars"].iloc[0] != one.repair.bars:
-        held = f"{mine['bars'].iloc[0]} bars, {_span(mine['first'].iloc[0], mine['last'].iloc[0])}"
-        typer.echo(f"The database now holds {held}: nothing that was stored is taken away; --replace does that first.")
+    lines = [recognised_text(one.recognised), one.repair.text()]
+    lines.append(f"{one.asset_id} {one.repair.timeframe}: {_in_words(found)}")
+    if found["stored"] and found["stored"]["bars"] != one.repair.bars:
+        held = _span(found["stored"])
+        lines.append(f"The database now holds {held}: nothing stored is taken away; --replace does that first.")
     if sum(one.repair.counts.get(rule, 0) for rule in RULES if RULES[rule].remedy == "quarantined"):
-        typer.echo("Rows kept out, with the reason: kallos.data.records.read_quarantine, or nbs/explore.ipynb")
-    typer.echo(f"Repair report: {one.save(project_root() / 'reports' / 'ingest')}")
+        lines.append("Rows kept out, with the reason: kallos.data.records.read_quarantine, or nbs/explore.ipynb")
+    return "\n".join([*lines, f"Repair report: {found['report']}"])
 
 # %% ../nbs/59b_data_commands.ipynb #201fc1b1
 @command(
@@ -147,10 +175,11 @@ def _tell_ingested(one: Any, stored: Any) -> None:
     required="exchange symbols",
     example="--exchange binance --symbol BTC/USDT --timeframe 1h --since 2021-01-01",
     stopped="what was fetched is stored, and the same command goes on from there.",
+    codes={4: "the exchange does not answer, or not as it should"},
 )
 def fetch(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Fetch bars from an exchange into the database: closed bars only, going on from the last stored one."""
     from kallos.data.fetch import fetch_bars
     from kallos.data.tables import connect
@@ -159,9 +188,10 @@ def fetch(
     engine, url = connect(given.pop("db_url", None)), given.pop("exchange_url", None)
     with _Bars() as bars:
         found = fetch_bars(engine, url=url, progress=bars.tell, **given)
-    typer.echo("\n".join(text.text() for one in found for text in (one, *one.reports)))
-    names = [f"--asset-id {one.asset_id} --timeframe {one.series}" for one in found if one.series != "funding"]
-    tell_next(*(f"kallos-run features {name}" for name in names))
+    series = [_fetched(one) for one in found]
+    following = [f"kallos-run features {_named(one)}" for one in series if one["timeframe"]]
+    words = [text.text() for one in found for text in (one, *one.reports)]
+    return Answer({"series": series}, words, following=following)
 
 # %% ../nbs/59b_data_commands.ipynb #2232ef6a
 def _names_of(given: dict[str, Any], symbols: list[str]) -> dict[str, str] | None:
@@ -170,6 +200,12 @@ def _names_of(given: dict[str, Any], symbols: list[str]) -> dict[str, str] | Non
         todo = "Leave --asset-id out: several symbols are stored under their own names, as BTCUSDT."
         raise ConfigError("one name for several instruments", received=name, next_step=todo)
     return {symbols[0]: name} if name else None
+
+
+def _fetched(one: Any) -> dict[str, Any]:
+    about = {"symbol": one.symbol, "asset_id": one.asset_id, "series": one.series}
+    about["timeframe"] = None if one.series == "funding" else one.series
+    return about | {"reached": one.reached} | _written(one.written)
 
 # %% ../nbs/59b_data_commands.ipynb #06eb4785
 class _Bars:
@@ -184,7 +220,8 @@ class _Bars:
     def tell(self, fetched: Any) -> None:
         key = (fetched.symbol, fetched.series)
         if key not in self.bars:
-            self.bars[key] = _bar(" ".join(key), total=100, bar_format="{desc}: {percentage:3.0f}% {bar} {elapsed}")
+            shown = "{desc}: {percentage:3.0f}% {bar} {elapsed}<{remaining}"
+            self.bars[key] = _bar(" ".join(key), total=100, bar_format=shown)
         self.bars[key].update(100 * fetched.share - self.bars[key].n)
 
     def __exit__(self, *error: object) -> None:
@@ -201,19 +238,19 @@ class _Bars:
 )
 def features(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Compute the features of stored bars, as far as new or changed bars concern them, and store them."""
-    from kallos.data.refresh import refresh_features
-    from kallos.data.store import read_features
     from kallos.data.tables import connect
 
     register_own(given)
     names, engine = _assets(given), connect(given.pop("db_url", None), create=False)
-    for name in names:
-        key = {"asset_id": name, "timeframe": given["timeframe"]}
-        done = refresh_features(engine, **key, full=given.get("full", False))
-        table = read_features(engine, **key, columns=[])
-        _tell_features(name, given["timeframe"], done, table)
+    found = []
+    with doing("features") as told:
+        for name in names:
+            told(f"features of {name} {given['timeframe']}, {len(found) + 1} of {len(names)}")
+            key = {"asset_id": name, "timeframe": given["timeframe"]}
+            found.append(key | _refresh(engine, key, given.get("full", False)))
+    return Answer({"series": found}, [*map(_refreshed_in_words, found)], following=[*map(_tuning, found)])
 
 # %% ../nbs/59b_data_commands.ipynb #529597f2
 def register_own(
@@ -225,25 +262,36 @@ def register_own(
 
         typer.echo(f"own features: {', '.join(register_own_features(given.pop('own_features')))}")
 
+# %% ../nbs/59b_data_commands.ipynb #139a4a7d
+def _refresh(engine: Any, key: dict[str, str], full: bool) -> dict[str, Any]:
+    from kallos.data.refresh import refresh_features
+    from kallos.data.store import read_features
 
-def _tell_features(name: str, timeframe: str, done: Any, table: Any) -> None:
-    fresh = "all computed" if done.rows else "all known already"
-    if done.rows and done.since is not None:
-        fresh = f"{done.rows} computed, from the bar of {done.since:%Y-%m-%d %H:%M}"
-    typer.echo(
-        f"{name}: {len(table)} rows of {done.bars} bars (the others warm the features up, after each gap anew), "
-        f"{done.columns} columns; {fresh}"
-    )
-    for column, bars in done.lacking.items():
-        typer.echo(f"  {bars} bars have no {column}, which a feature reads: they have no row")
-    end = f"--end-date {table['ts'].iloc[len(table) * 4 // 5]:%Y-%m-%d}"  # a fifth of the rows is left to test on
-    where = f"--asset-id {name} --timeframe {timeframe} --output-path reports/{name}/{timeframe}"
-    tell_next(f"kallos-run tune {where} {end} --n-trials 20")
+    done, times = refresh_features(engine, **key, full=full), read_features(engine, **key, columns=[])["ts"]
+    about = {"rows": len(times), "bars": done.bars, "columns": done.columns, "computed": done.rows}
+    end = times.iloc[len(times) * 4 // 5]  # a fifth of the rows is left to test on
+    return about | {"since": done.since, "lacking": done.lacking, "suggested_end_date": f"{end:%Y-%m-%d}"}
+
+
+def _refreshed_in_words(found: dict[str, Any]) -> str:
+    fresh = "all computed" if found["computed"] else "all known already"
+    if found["computed"] and found["since"] is not None:
+        fresh = f"{found['computed']} computed, from the bar of {found['since']:%Y-%m-%d %H:%M}"
+    lines = [f"{found['asset_id']}: {found['rows']} rows of {found['bars']} bars (the others warm the features up, "]
+    lines[0] += f"after each gap anew), {found['columns']} columns; {fresh}"
+    for column, bars in found["lacking"].items():
+        lines.append(f"  {bars} bars have no {column}, which a feature reads: they have no row")
+    return "\n".join(lines)
+
+
+def _tuning(found: dict[str, Any]) -> str:
+    where = f"--output-path reports/{found['asset_id']}/{found['timeframe']}"
+    return f"kallos-run tune {_named(found)} {where} --end-date {found['suggested_end_date']} --n-trials 20"
 
 # %% ../nbs/59b_data_commands.ipynb #47109b51
-_SPLITS = "horizons labels profit_taking stop_loss volatility_window weighting oldest_weight"
+_SPLITS = "horizons labels profit_taking stop_loss volatility_window row_weighting oldest_weight"
 _BORDERS = "train_end end_date train_share val_share embargo tables_path"
-_RENAMED = {"bars_start": "start", "bars_end": "end", "tables_path": "output_path"}
+_RENAMED = {"bars_start": "start", "bars_end": "end", "row_weighting": "weighting", "tables_path": "output_path"}
 
 # %% ../nbs/59b_data_commands.ipynb #e287bcef
 @command(
@@ -255,7 +303,7 @@ _RENAMED = {"bars_start": "start", "bars_end": "end", "tables_path": "output_pat
 )
 def data(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Make training, validation and test tables of stored bars: features, labels, weights, purged and scaled."""
     from kallos.models.partition import DataSettings
     from kallos.models.tables import build_tables
@@ -263,7 +311,8 @@ def data(
     register_own(given)
     db_url = given.pop("db_url", None)
     settings = DataSettings.from_values({_RENAMED.get(k, k): v for k, v in given.items()}, source="the options")
-    built = build_tables(settings, db=db_url)
-    typer.echo(built.text())
-    where = f"--asset-id {settings.asset_id} --timeframe {settings.timeframe}"
-    tell_next(f"kallos-run audit {where} --tables {built.folder}")
+    with doing(f"tables of {settings.asset_id} {settings.timeframe}"):
+        built = build_tables(settings, db=db_url)
+    found = {"asset_id": settings.asset_id, "timeframe": settings.timeframe, "folder": built.folder}
+    found |= {"manifest": built.manifest_path, "parts": built.extent.to_dict("records")}
+    return Answer(found, built.text(), following=[f"kallos-run audit {_named(found)} --tables {built.folder}"])

@@ -50,7 +50,7 @@ _TABLES = {
     "profit_taking": option(float, "Upper barrier, in units of volatility.", "1.0"),
     "stop_loss": option(float, "Lower barrier, in units of volatility.", "1.0"),
     "volatility_window": option(int, "Bars in which the barriers' unit is measured.", "100"),
-    "weighting": option(str, "What makes a row count: uniqueness or return_attribution.", "uniqueness"),
+    "row_weighting": option(str, "uniqueness or return_attribution, of rows.", "uniqueness", name="--weighting"),
     "oldest_weight": option(float, "Factor of the oldest row's weight; 1 is no decay.", "1.0"),
     "train_end": option(str, "The last moment that training may see, UTC.", "by shares"),
     "train_share": option(float, "Share of the rows to train on.", "0.7"),

@@ -6,13 +6,15 @@
 __all__ = ['doctor_app', 'doctor', 'preflight']
 
 # %% ../nbs/59n_doctor_commands.ipynb #b6382ae9
-import json
-import os
+import shutil
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer
+from .core.waiting import doing
 from .options import command
 
 if TYPE_CHECKING:
@@ -21,38 +23,34 @@ if TYPE_CHECKING:
 doctor_app = typer.Typer()
 
 # %% ../nbs/59n_doctor_commands.ipynb #6f5bddea
-def _tell_checks(checks: list["Check"]) -> None:
-    from kallos.workflow.checks import checks_text
+@dataclass(frozen=True)
+class _Checks:
+    checks: list["Check"]
 
-    columns = os.get_terminal_size(1).columns if sys.stdout.isatty() else None
-    typer.echo(checks_text(checks, columns=columns))
+    def text(self, columns: int | None = None) -> str:
+        """The lines for a terminal that is so many columns wide; None is no terminal."""
+        from kallos.workflow.checks import checks_text
 
-
-def _tell_json(record: dict[str, Any]) -> None:
-    from kallos.core.runs import to_plain
-
-    typer.echo(json.dumps(to_plain(record), ensure_ascii=False))
+        return checks_text(self.checks, columns=columns)
 
 # %% ../nbs/59n_doctor_commands.ipynb #1325b4e2
 @command(
     doctor_app,
-    "exchange exchange_url as_json db_url",
+    "exchange exchange_url db_url",
     example="--exchange binance",
     stopped="nothing was changed.",
+    codes={5: "something must be mended first"},
 )
 def doctor(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Look at the machine: Python, packages, torch, disk, memory, database, clock, kernel, folders, an exchange."""
     from kallos.workflow.doctor import doctor_record, run_doctor, worst_of
 
-    checks = run_doctor(given.get("db_url"), given.get("exchange"), given.get("exchange_url"))
-    if given.get("as_json"):
-        _tell_json(doctor_record(checks))
-    else:
-        _tell_checks(checks)
-    if worst_of(checks) == "FAIL":
-        raise typer.Exit(5)
+    with doing("looking at the machine"):
+        checks = run_doctor(given.get("db_url"), given.get("exchange"), given.get("exchange_url"))
+    failure = typer.Exit(5) if worst_of(checks) == "FAIL" else None
+    return Answer(doctor_record(checks), [_Checks(checks)], failure=failure)
 
 # %% ../nbs/59n_doctor_commands.ipynb #5e60b000
 _VERDICTS = ("OK_TO_TRAIN", "FIXED_AND_OK", "BLOCKED")
@@ -80,36 +78,37 @@ def _settings(given: dict[str, Any]) -> Any:
     return read_settings(given.get("config"), overrides=typed)
 
 # %% ../nbs/59n_doctor_commands.ipynb #701cb3d7
-def _conclude(found: list[Any], *, as_json: bool) -> None:
-    """Prints the verdict, and leaves with 5 if it blocks."""
+def _concluded(found: list[Any]) -> Answer:
+    """The verdict, the worst of all; one that blocks leaves with 5."""
     verdict = max((one.verdict for one in found), key=_VERDICTS.index)
-    if as_json:
-        _tell_json({"verdict": verdict, "parts": [one.as_json() for one in found]})
-    else:
-        typer.echo(verdict)
-    if verdict == "BLOCKED":
-        raise typer.Exit(5)
+    record = {"verdict": verdict, "parts": [one.as_json() for one in found]}
+    return Answer(record, verdict, failure=typer.Exit(5) if verdict == "BLOCKED" else None)
+
+
+def _tell_part(one: Any) -> None:
+    columns = shutil.get_terminal_size((120, 40)).columns if sys.stdout.isatty() else None
+    typer.echo(f"{one.asset_id} {one.timeframe}\n{_Checks(one.findings).text(columns)}")
 
 # %% ../nbs/59n_doctor_commands.ipynb #0955a3a5
 @command(
     doctor_app,
-    "config asset_id timeframe no_fix as_json db_url",
+    "config asset_id timeframe no_fix db_url",
     extra=True,
     example="--config config/train.yaml --timeframe 1h",
     stopped="what was mended stays mended, and the same command looks again.",
+    codes={5: "the run may not begin"},
 )
 def preflight(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Look at data, settings and model of a run: mend what can be mended, say what blocks, and what it will take."""
     from kallos.workflow.preflight import run_preflight
     from kallos.workflow.settings import settings_of
 
-    settings, found, quiet = _settings(given), [], given.get("as_json", False)
+    settings, found = _settings(given), []
     for asset, timeframe in _parts(settings, given):
         how = {"asset_id": asset, "timeframe": timeframe, "fix": not given.get("no_fix"), "db": given.get("db_url")}
-        found.append(run_preflight(settings_of(settings, timeframe), **how))
-        if not quiet:
-            typer.echo(f"{asset} {timeframe}")
-            _tell_checks(found[-1].findings)
-    _conclude(found, as_json=quiet)
+        with doing(f"looking at {asset} {timeframe}"):
+            found.append(run_preflight(settings_of(settings, timeframe), **how))
+        _tell_part(found[-1])
+    return _concluded(found)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import command, tell_next
+from .answers import Answer
+from .core.waiting import doing
+from .options import command
 
 if TYPE_CHECKING:
     from kallos.inference.drift_sources import DriftSettings
@@ -45,22 +47,22 @@ def _check(settings: "DriftSettings", name: str, db_url: str | None, no_report: 
     from kallos.workflow.reports import run_notebook
 
     if no_report:
-        run_drift(settings, db=db_url)
+        with doing(f"holding the newest bars against {name}"):
+            run_drift(settings, db=db_url)
     else:
         run_notebook("monitor", settings, output=settings.folder / f"{name}.ipynb", db_url=db_url)
 
 # %% ../nbs/59l_drift_commands.ipynb #9a73b861
-def _tell(folder: Any, name: str, no_report: bool) -> bool:
-    """Whether anything has drifted, after it was said."""
+def _answer(folder: Any, name: str, no_report: bool) -> Answer:
     from kallos.core.runs import read_json
+    from kallos.inference.drift_runs import DriftFired
 
     found = read_json(folder / f"{name}.json", what="answer")
-    typer.echo("\n".join([found["sentence"], *found["notes"]]))
     endings = ("json", "prom", *(() if no_report else ("html", "ipynb")))
-    typer.echo("\n".join(["", "Files:", *(f"  {folder / f'{name}.{ending}'}" for ending in endings)]))
-    if not found["fired"]:
-        tell_next("the same command tomorrow: its exit code is 5 when something has drifted")
-    return found["fired"]
+    files = [folder / f"{name}.{ending}" for ending in endings]
+    fired = DriftFired("something has drifted", next_step=f"See {files[0]}.") if found["fired"] else None
+    after = "the same command tomorrow: its exit code is 5 when something has drifted"
+    return Answer(found, [found["sentence"], *found["notes"]], files, () if fired else [after], failure=fired)
 
 # %% ../nbs/59l_drift_commands.ipynb #20a0ce35
 _TYPED = """drift_bundle bars mapping db_url stored_forecasts window_rows alarm_rate now stale_after most_missing
@@ -73,17 +75,16 @@ public_key drift_path no_report"""
     required="drift_bundle",
     example="--bundle reports/BTC/1d/gru_BTC_bundle --bars BTC_1d.parquet",
     stopped="the last answer is as it was.",
+    codes={4: "the report failed", 5: "something has drifted"},
 )
 def drift(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Ask whether features, forecasts and errors are still those of the training; exit code 5 if not."""
     from kallos.core.config import find_file
     from kallos.inference.bundle import load_bundle
-    from kallos.inference.drift_runs import DriftFired
 
     db_url, no_report, settings = given.get("db_url"), given.get("no_report", False), _settings(given)
     name = load_bundle(find_file(settings.bundle), public_key=settings.public_key).id
     _check(settings, name, db_url, no_report)
-    if _tell(settings.folder, name, no_report):
-        raise DriftFired("something has drifted", next_step=f"See {settings.folder / name}.json.")
+    return _answer(settings.folder, name, no_report)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import command, tell_chosen, tell_next
+from .answers import Answer, Rows
+from .options import command, flattered
 
 if TYPE_CHECKING:
     from kallos.models.base_forecasts import EnsembleSettings
@@ -20,21 +21,27 @@ if TYPE_CHECKING:
 ensemble_app = typer.Typer()
 
 # %% ../nbs/59e_ensemble_commands.ipynb #6864bc11
-def _tell(run: "TrainedEnsemble", sentence: str, params_files: list[Path]) -> None:
-    forecasts, weights = run.validation.forecasts, run.combination.weights
-    shares = dict(zip(run.combination.models, weights, strict=False)) if run.combination.rule == "weights" else {}
-    paths = len(run.validation.paths)
-    count = f"{forecasts['fold'].nunique()} folds, {len(forecasts):,} forecasts, {paths} path{'s' * (paths > 1)}"
-    error = "brier" if forecasts["target"].iloc[0] == "label" else "rmse"
-    lines = [count, "", f"{'model':36} {'Brier' if error == 'brier' else 'RMSE':>10} {'skill':>8} {'weight':>8}"]
-    for model, score in run.scores.items():
-        weight = f"{shares[model]:8.3f}" if model in shares else ""
-        lines.append(f"{model:36} {score[error]:10.4g} {100 * score['skill']:6.2f} % {weight}".rstrip())
-    typer.echo("\n".join([*lines, "", sentence]))
-    tell_chosen(*params_files)
-    files = [run.validation.folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
-    typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
-    tell_next(f"in Python: kallos.models.load_ensemble({str(files[-1])!r}).predict(rows)")
+def _compared(run: "TrainedEnsemble", error: str) -> list[dict[str, Any]]:
+    rule = run.combination
+    weights = dict(zip(rule.models, rule.weights, strict=False)) if rule.rule == "weights" else {}
+    return [
+        {"model": model, error: score[error], "skill": score["skill"], "weight": weights.get(model)}
+        for model, score in run.scores.items()
+    ]
+
+
+def _answer(run: "TrainedEnsemble", sentence: str, params_files: list[Path]) -> Answer:
+    forecasts, folder, paths = run.validation.forecasts, run.validation.folder, len(run.validation.paths)
+    error, chosen = "brier" if forecasts["target"].iloc[0] == "label" else "rmse", flattered(*params_files)
+    found = {"folds": int(forecasts["fold"].nunique()), "forecasts": len(forecasts), "paths": paths}
+    found |= {"models": _compared(run, error), "sentence": sentence, "chosen_on_these_rows": bool(chosen)}
+    counts = f"{found['folds']} folds, {len(forecasts):,} forecasts, {paths} path{'s' * (paths > 1)}"
+    heads = ("model", {"brier": "Brier", "rmse": "RMSE"}[error], "skill in %", "weight")
+    rows = [(m["model"], m[error], round(100 * m["skill"], 2), m["weight"]) for m in found["models"]]
+    files = [folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
+    after = f"in Python: kallos.models.load_ensemble({str(files[-1])!r}).predict(rows)"
+    said = [counts, "", Rows("Models", heads, rows), "", sentence, *chosen]
+    return Answer(found | {"folder": folder}, said, files, [after])
 
 # %% ../nbs/59e_ensemble_commands.ipynb #c9640f04
 def _settings(given: dict[str, Any]) -> "EnsembleSettings":
@@ -58,10 +65,11 @@ dask_scheduler output_path db_url"""
     ensemble_app, f"{_BASES} {_SPLITS} {_FIT}", required="models",
     example="--asset-id BTC --end-date 2023-01-01 --models gru,lstm,hist_gradient_boosting --method stacking",
     stopped="the folds that are done are kept, and the same command goes on from there.",
+    codes={4: "a fit failed"},
 )  # fmt: skip
 def ensemble(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Combine tuned models, judge the combination as a single model, and save what loads and forecasts like one."""
     from kallos.evaluation.paths import write_metrics
     from kallos.models.ensemble_training import train_ensemble
@@ -69,4 +77,4 @@ def ensemble(
     db_url = given.pop("db_url", None)
     settings = _settings(given)
     run = train_ensemble(settings, db=db_url)
-    _tell(run, write_metrics(run.validation), [base.params_file for base in settings.bases])
+    return _answer(run, write_metrics(run.validation), [base.params_file for base in settings.bases])

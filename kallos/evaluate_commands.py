@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import ConfigError
-from .options import command, tell_next
+from .options import command
 
 if TYPE_CHECKING:
     from kallos.evaluation.evaluation_settings import EvaluateSettings
@@ -47,21 +48,19 @@ _OF_A_MODEL = {"model_name", "params_file", "feature_groups", "n_epochs", "seed"
 _OF_A_MODEL |= {"gradient_clip", "batch_size", "importance_repeats", "importance_rows"}
 
 # %% ../nbs/59f_evaluate_commands.ipynb #b439d77b
-def _tell(settings: "EvaluateSettings") -> None:
+def _answer(settings: "EvaluateSettings") -> Answer:
     from kallos.core.runs import read_json
     from kallos.evaluation.evaluation_settings import evaluation_folder
 
     folder, page = evaluation_folder(settings), _report(settings).with_suffix(".html")
     found = read_json(folder / "evaluation.json", what="evaluation")
-    typer.echo(f"{found['sentence']}\nThe search: {found['search_sentence']}")
     files = [*([page] if page.exists() else []), folder / "evaluation.json", folder / "manifest.json"]
-    typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
+    after = "kallos-run fetch, or an earlier --end-date at the next tuning, so that rows are left to test on"
     if found["held_out"]:
-        tell_next("nothing: a look at these rows after another round of tuning is no longer a test")
+        after = "nothing: a look at these rows after another round of tuning is no longer a test"
     elif settings.splits:
-        tell_next("kallos-run data, with a larger share of test rows, and then the tuning once more")
-    else:
-        tell_next("kallos-run fetch, or an earlier --end-date at the next tuning, so that rows are left to test on")
+        after = "kallos-run data, with a larger share of test rows, and then the tuning once more"
+    return Answer(found, [found["sentence"], f"The search: {found['search_sentence']}"], files, [after])
 
 # %% ../nbs/59f_evaluate_commands.ipynb #0fa4da98
 _MODEL = """ensemble model_name asset_id start_date end_date last_date splits params_file timeframe target_col
@@ -77,10 +76,11 @@ no_report"""
     f"{_MODEL} {_SPLITS} {_FIT} {_VERDICT}",
     example="--asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json --n-jobs -1",
     stopped="the folds that are done are kept, and the same command fits the rest.",
+    codes={4: "a fit or the report failed"},
 )
 def evaluate(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Give the whole verdict on a tuned model or an ensemble on one page, the rows after the end date included."""
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
     settings = _settings(given)
@@ -92,4 +92,4 @@ def evaluate(
         from kallos.workflow.reports import run_notebook
 
         run_notebook("evaluate", settings, output=_report(settings), db_url=db_url)
-    _tell(settings)
+    return _answer(settings)

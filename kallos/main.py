@@ -35,9 +35,11 @@ _HELP = """From market data to a tuned and trained model, with a report of every
 
 The database is --db-url, else KALLOS_DB_URL, else data/kallos.db. First steps: sample, features, tune, train.
 
-Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted; 4 a step failed;
-5 done, and the answer is no."""
-app = typer.Typer(help=_HELP, add_completion=False, pretty_exceptions_enable=False)
+Every command has --help with an example, --json for programs, and --quiet. Errors are told on standard error.
+
+Exit codes: 0 done; 1 a crash, which is a bug; 2 wrong use or input; 3 interrupted, and what is done is kept;
+4 a step failed; 5 done, and the answer is no: a leak, drift, stale bars, a difference, a blocked run."""
+app = typer.Typer(help=_HELP, pretty_exceptions_enable=False)
 _RESEARCH = (data_app, audit_app, run_app, validation_app, ensemble_app, evaluate_app, backtest_app)
 _PIPELINE = (config_app, doctor_app, all_app, runs_app, reproduce_app, dashboard_app)
 for commands in (*_PIPELINE, *_RESEARCH, bundle_app, predict_app, serve_app, drift_app):
@@ -65,6 +67,7 @@ def _leave(message: str, code: int) -> None:
 
 def main() -> None:
     """Runs the command that was typed, and leaves with its exit code."""
+    app.rich_markup_mode = "rich" if sys.stdout.isatty() else None  # frames and colours are for a person
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="kallos-run", standalone_mode=False)
     except KallosError as error:

@@ -25,9 +25,11 @@ def option(
 def flag(
     name: str,  # as typed, e.g. --full
     text: str,  # the help, one sentence
+    *,
+    panel: str | None = None,  # title of the part of the help that it stands in; None is that of all options
 ) -> Any:
     """An annotation for a switch."""
-    return Annotated[bool | None, typer.Option(name, help=text)]
+    return Annotated[bool | None, typer.Option(name, help=text, rich_help_panel=panel)]
 
 # %% ../nbs/58_option_kinds.ipynb #7c0c6824
 def many(

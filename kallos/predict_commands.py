@@ -7,15 +7,17 @@ __all__ = ['predict_app', 'Incomplete', 'Stale', 'predict']
 
 # %% ../nbs/59j_predict_commands.ipynb #1872fd22
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer, Rows
 from .core.errors import ConfigError, KallosError
 from .data_commands import column_mapping
-from .options import command, tell_next
+from .options import command
 
 if TYPE_CHECKING:
     from kallos.inference.batch import BatchReport
@@ -105,33 +107,35 @@ def _asked(planned: list[tuple], how: dict[str, Any], faults: dict[str, KallosEr
     return reports
 
 # %% ../nbs/59j_predict_commands.ipynb #2039283c
-def _tell(reports: "list[BatchReport]") -> None:
+def _answer(reports: "list[BatchReport]", faults: dict[str, KallosError], fail_when_stale: bool) -> Answer:
     from kallos.inference.batch import batch_table
 
-    lines = [batch_table(reports).to_string(index=False)]
+    table = batch_table(reports)
     notes = [f"{report.bundle}: {note}" for report in reports for note in report.notes]
-    files = [f"  {report.path}, to {report.last:%Y-%m-%d %H:%M} UTC" for report in reports if report.last is not None]
-    lines += ["", *notes] if notes else []
-    lines += ["", "Files:", *files] if files else []
-    typer.echo("\n".join(lines))
-    if files:
-        path = next(report.path for report in reports if report.last is not None)
-        tell_next("the same command, when new bars have closed", f"in Python: pandas.read_parquet({str(path)!r})")
+    ends = [f"{report.bundle}: forecasts to {report.last:%Y-%m-%d %H:%M} UTC" for report in reports if report.last]
+    files = [report.path for report in reports if report.last is not None]
+    after = ["the same command, when new bars have closed", f"in Python: pandas.read_parquet({str(*files[:1])!r})"]
+    found = [asdict(report) | {"forecasts": report.forecasts} for report in reports]
+    return Answer(
+        {"bundles": found, "faults": {name: str(error) for name, error in faults.items()}},
+        [Rows("Bundles", [*table], table.to_numpy(dtype=object).tolist()), "", *ends, *notes] if reports else (),
+        files,
+        after if files else (),
+        [f"{name}: {error}" for name, error in faults.items()],
+        _failure(reports, faults, fail_when_stale),
+    )
 
 # %% ../nbs/59j_predict_commands.ipynb #22b11959
-def _judge(reports: "list[BatchReport]", faults: dict[str, KallosError], fail_when_stale: bool) -> None:
-    """Nothing; raises what the exit code of the call is to be."""
-    if len(faults) == 1 and not reports:
-        raise next(iter(faults.values()))
-    for name, error in faults.items():
-        typer.echo(f"{name}: {error}", err=True)
+def _failure(reports: "list[BatchReport]", faults: dict[str, KallosError], fail_when_stale: bool) -> KallosError | None:
+    """What the exit code of the call comes from; None if all is well."""
     if faults:
         error = Incomplete(f"{len(faults)} of {len(faults) + len(reports)} bundles gave no forecasts, as said above")
         wrong_input = not reports and {fault.exit_code for fault in faults.values()} == {2}
-        raise ConfigError(str(error)) if wrong_input else error
+        return ConfigError(str(error)) if wrong_input else error
     stale = [report.bundle for report in reports if report.stale_bars]
     if fail_when_stale and stale:
-        raise Stale("the newest bars are too old", ", ".join(stale), "Fetch or ingest newer ones.")
+        return Stale("the newest bars are too old", ", ".join(stale), "Fetch or ingest newer ones.")
+    return None
 
 # %% ../nbs/59j_predict_commands.ipynb #8a152d84
 _ASKED = "asked_since now full interval_level stale_after fail_when_stale threads forecasts_path"
@@ -172,15 +176,16 @@ def _how(given: dict[str, Any]) -> dict[str, Any]:
     required="bundles",
     example="--bundle reports/BTC/1d/gru_BTC_bundle --bars BTC_1d.parquet",
     stopped="files of forecasts that were not finished are as they were.",
+    codes={4: "a bundle gave no forecasts", 5: "bars are stale, and --fail-when-stale was typed"},
 )
 def predict(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Ask bundles about every bar since their last stored forecast, and store what they answer."""
     faults, fail_when_stale = {}, given.pop("fail_when_stale", False)
     source = _source(given)
     planned = _planned(given, source, faults)
     reports = _asked(planned, _how(given), faults)
-    if reports:
-        _tell(reports)
-    _judge(reports, faults, fail_when_stale)
+    if len(faults) == 1 and not reports:
+        raise next(iter(faults.values()))
+    return _answer(reports, faults, fail_when_stale)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer
 from .core.errors import ConfigError
+from .core.waiting import doing
 from .filed_settings import file_settings, filed_values
-from .options import command, same_database, tell_next
+from .options import command, same_database
 
 if TYPE_CHECKING:
     from kallos.core.config import RunSettings
@@ -71,15 +73,23 @@ def _check_search(settings: "RunSettings") -> None:
 def _stem(settings: "RunSettings") -> str:
     return f"{settings.model_name}_{settings.asset_id}"
 
+# %% ../nbs/59c_run_commands.ipynb #b3825364
+def _run_here(kind: str, settings: "RunSettings", db_url: str | None) -> None:
+    from kallos import models
+
+    if kind == "tune":
+        models.tuner.tune(settings, db=db_url)  # which has a bar of its own
+    else:
+        with doing(f"training {settings.model_name} on {settings.asset_id} {settings.timeframe}"):
+            models.trainer.train(settings, db=db_url)
+
 
 def _run(kind: str, settings: "RunSettings", db_url: str | None, no_report: bool) -> None:
     if kind == "tune":
         _check_search(settings)
     _check_run(settings, db_url)
     if no_report:
-        from kallos import models
-
-        (models.tuner.tune if kind == "tune" else models.trainer.train)(settings, db=db_url)
+        _run_here(kind, settings, db_url)
         return
     from kallos.workflow.reports import run_notebook
 
@@ -93,6 +103,7 @@ _EPOCHS = "precision exact train_stride max_samples_per_epoch growing_epochs gra
 _TUNE = "n_trials timeout study_name optuna_schema folds val_length train_window embargo max_epochs patience"
 _WORKERS = "early_stopping_on pruner sampler search_space n_jobs deterministic dask_scheduler gpus"
 _THE_REST = "output_path db_url no_report"
+_FAILS = {4: "a fit or the report failed"}
 _KNOWN = f"{_ALL_RUNS} {_TUNE} {_WORKERS} {_EPOCHS} {_THE_REST} params_file n_epochs".split()
 
 # %% ../nbs/59c_run_commands.ipynb #4a0623f5
@@ -101,16 +112,17 @@ _KNOWN = f"{_ALL_RUNS} {_TUNE} {_WORKERS} {_EPOCHS} {_THE_REST} params_file n_ep
     f"{_ALL_RUNS} {_TUNE} {_WORKERS} {_EPOCHS} {_THE_REST}",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --n-trials 20",
     stopped="the finished trials of the study are kept, and the same command resumes it.",
+    codes=_FAILS,
     extra=True,
 )
 def tune(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Search a model's hyperparameters by walk-forward validation; a study that was stopped goes on."""
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
     settings = _settings("tune", given, db_url)
     _run("tune", settings, db_url, no_report)
-    _tell_tuned(settings, db_url, no_report)
+    return _tuned(settings, db_url, no_report)
 
 # %% ../nbs/59c_run_commands.ipynb #e3ed2acd
 @command(
@@ -118,27 +130,27 @@ def tune(
     f"{_ALL_RUNS} params_file n_epochs max_epochs patience {_EPOCHS} {_THE_REST}",
     example="--model-name gru --asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json",
     stopped="no model was replaced by half of another, and the same command starts again.",
+    codes=_FAILS,
     extra=True,
 )
 def train(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Train a model with its best parameters on all rows, or on labelled tables, and prove that it can be read back."""
     from kallos.models.parameters import merge_params
 
     if "splits" in given:
-        _train_on_labels(given, given.pop("no_report", False))
-        return
+        return _train_on_labels(given, given.pop("no_report", False))
     db_url, no_report = given.pop("db_url", None), given.pop("no_report", False)
     settings = _settings("train", merge_params(given, _params_file(given)), db_url)
     _run("train", settings, db_url, no_report)
-    _tell_trained(settings, no_report)
+    return _trained(settings, no_report)
 
 # %% ../nbs/59c_run_commands.ipynb #caea662e
 _NOT_OF_LABELS = ("db_url", "n_epochs", "config", "settings")
 
 
-def _train_on_labels(given: dict[str, Any], no_report: bool) -> None:
+def _train_on_labels(given: dict[str, Any], no_report: bool) -> Answer:
     from kallos.models.architectures import check_hyperparameters, check_model
     from kallos.models.label_trainer import label_train_settings, run_folder, train_on_labels
 
@@ -149,32 +161,33 @@ def _train_on_labels(given: dict[str, Any], no_report: bool) -> None:
     check_model(settings)
     check_hyperparameters(settings.model_name, settings.hyperparameters, horizon=settings.horizon)
     if no_report:
-        _tell_on_labels(given, train_on_labels(settings).folder)
-        return
+        with doing(f"training {settings.model_name} on labelled tables"):
+            return _on_labels(given, train_on_labels(settings).folder)
     from kallos.workflow.reports import run_notebook
 
     settings = settings.model_copy(update={"run_name": run_folder(settings).name})
     page = settings.runs / f"{settings.run_name}_train.ipynb"
     run_notebook("train_labels", settings, output=page)
-    _tell_on_labels(given, settings.runs / settings.run_name)
+    return _on_labels(given, settings.runs / settings.run_name)
 
 # %% ../nbs/59c_run_commands.ipynb #5ab0617a
-def _tell_on_labels(given: dict[str, Any], folder: Path) -> None:
+def _on_labels(given: dict[str, Any], folder: Path) -> Answer:
     import pandas as pd
 
     from kallos.evaluation.verdict import in_words, judge
 
-    forecasts = pd.read_parquet(folder / "forecasts.parquet")
-    flattered = " (its parameters may have been chosen by these rows)" if "params_file" in given else ""
-    typer.echo(f"On the validation rows{flattered}: {in_words(lambda: judge(forecasts))}\n\nFiles:")
+    forecasts, chosen = pd.read_parquet(folder / "forecasts.parquet"), "params_file" in given
     pages = [path for end in ("ipynb", "html") if (path := folder.with_name(f"{folder.name}_train.{end}")).is_file()]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    typer.echo("\n".join(f"  {path}" for path in [*files, *pages]))
-    if "params_file" not in given:
-        again = f"--splits {shlex.quote(str(given['splits']))} --horizon {forecasts['horizon'].iloc[0]}"
-        tell_next(f"kallos-run tune {again} --model-name {forecasts['model'].iloc[0]} --n-trials 20")
-    else:
-        tell_next("kallos-run evaluate, with the same options: the whole verdict, the test rows included")
+    found = {"folder": folder, "model_name": forecasts["model"].iloc[0], "horizon": int(forecasts["horizon"].iloc[0])}
+    found |= {"sentence": in_words(lambda: judge(forecasts)), "chosen_on_these_rows": chosen}
+    flattered = " (its parameters may have been chosen by these rows)" if chosen else ""
+    again = f"--splits {shlex.quote(str(given.get('splits')))} --horizon {found['horizon']}"
+    after = f"kallos-run tune {again} --model-name {found['model_name']} --n-trials 20"
+    if chosen:
+        after = "kallos-run evaluate, with the same options: the whole verdict, the test rows included"
+    said = f"On the validation rows{flattered}: {found['sentence']}"
+    return Answer(found, said, [*files, *pages], [after])
 
 # %% ../nbs/59c_run_commands.ipynb #cb2e0606
 def _in_words(
@@ -194,12 +207,19 @@ def _in_words(
     return f"{said.format(**metrics)}; {percent:+.1f} % of squared error saved ({verdict} than naive)"
 
 # %% ../nbs/59c_run_commands.ipynb #6c348f4b
-def _tell_files(settings: "RunSettings", *names: str) -> None:
+def _files(settings: "RunSettings", *names: str) -> list[Path]:
     paths = [settings.folder / name.replace("*", _stem(settings)) for name in names]
-    typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in paths if path.exists())]))
+    return [path for path in paths if path.exists()]
+
+
+def _about(settings: "RunSettings") -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("model_name", "asset_id", "timeframe", "horizon", "end_date")}
 
 # %% ../nbs/59c_run_commands.ipynb #68a624d6
-def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) -> None:
+_BEST = ("study_name", "n_trials", "trial", "metrics", "hyperparameters", "n_epochs")
+
+
+def _judged(settings: "RunSettings", db_url: str | None) -> dict[str, Any]:
     from kallos.core.runs import read_json
     from kallos.evaluation.multiple_testing import judge_search
     from kallos.evaluation.trials import judge_best_trial
@@ -207,31 +227,39 @@ def _tell_tuned(settings: "RunSettings", db_url: str | None, no_report: bool) ->
 
     file = settings.folder / f"{_stem(settings)}_best_params.json"
     best = read_json(file, what="parameters file")
-    typer.echo(f"{best['study_name']}: {best['n_trials']} finished trials; the best is number {best['trial']}")
-    sentence = in_words(lambda: judge_best_trial(settings, db=db_url))
-    said = _in_words(best["metrics"], of_classes=settings.target_col == "label")
-    typer.echo(f"{said}\nOn the folds that chose it: {sentence}")
-    typer.echo(f"The search charged: {judge_search(settings, db=db_url).sentence}")
-    _tell_files(settings, "*_best_params.json", "optuna.db", *(() if no_report else ("*_tune.ipynb", "*_tune.html")))
-    run = {"model-name": settings.model_name, "asset-id": settings.asset_id, "params-file": file}
+    found = _about(settings) | {name: best.get(name) for name in _BEST} | {"params_file": file}
+    found["sentence"] = in_words(lambda: judge_best_trial(settings, db=db_url))
+    return found | {"search_sentence": judge_search(settings, db=db_url).sentence}
+
+# %% ../nbs/59c_run_commands.ipynb #f43f7ce6
+def _tuned(settings: "RunSettings", db_url: str | None, no_report: bool) -> Answer:
+    found = _judged(settings, db_url)
+    said = [
+        f"{found['study_name']}: {found['n_trials']} finished trials; the best is number {found['trial']}",
+        _in_words(found["metrics"], of_classes=settings.target_col == "label"),
+        f"On the folds that chose it: {found['sentence']}",
+        f"The search charged: {found['search_sentence']}",
+    ]
+    files = ("*_best_params.json", "optuna.db", *(() if no_report else ("*_tune.ipynb", "*_tune.html")))
+    run = {"model-name": settings.model_name, "asset-id": settings.asset_id, "params-file": found["params_file"]}
     run["end-date"] = f"{settings.end_date:%Y-%m-%dT%H:%M:%S}".removesuffix("T00:00:00")
     run["output-path"] = settings.folder
     if settings.splits:
-        run = {"splits": settings.splits, "params-file": file}
+        run = {"splits": settings.splits, "params-file": found["params_file"]}
     options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in run.items())
     board = f"kallos-run dashboard --folder {shlex.quote(str(settings.folder))}"
-    tell_next(f"kallos-run train {options}{same_database(db_url)}", board)
+    return Answer(found, said, _files(settings, *files), [f"kallos-run train {options}{same_database(db_url)}", board])
 
 # %% ../nbs/59c_run_commands.ipynb #15cab083
-def _tell_trained(settings: "RunSettings", no_report: bool) -> None:
+def _trained(settings: "RunSettings", no_report: bool) -> Answer:
     from kallos.models.parameters import read_params
 
-    if metrics := read_params(settings.params_file).get("metrics"):
-        typer.echo(f"As tuned: {_in_words(metrics, of_classes=settings.target_col == 'label')}")
+    metrics = read_params(settings.params_file).get("metrics")
+    said = f"As tuned: {_in_words(metrics, of_classes=settings.target_col == 'label')}" if metrics else ""
     reports = () if no_report else ("*_train.ipynb", "*_train.html")
-    _tell_files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
-    manifest = settings.folder / f"{settings.model_name}_{settings.asset_id}_manifest.json"
+    files = _files(settings, "*.pt", "*.pt.ckpt", "*_scaler.pkl", "*_manifest.json", *reports)
+    manifest = settings.folder / f"{_stem(settings)}_manifest.json"
     verdict = "kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included"
-    tell_next(
-        verdict, f"kallos-run bundle --manifest {shlex.quote(str(manifest))}: a package that forecasts from raw bars"
-    )
+    bundle = f"kallos-run bundle --manifest {shlex.quote(str(manifest))}: a package that forecasts from raw bars"
+    found = _about(settings) | {"params_file": settings.params_file, "metrics_as_tuned": metrics}
+    return Answer(found | {"manifest": manifest}, said, files, [verdict, bundle])

@@ -7,47 +7,20 @@ __all__ = ['runs_app', 'reproduce_app', 'runs_list', 'runs_compare', 'runs_prune
 
 # %% ../nbs/59o_runs_commands.ipynb #13d9ac31
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .answers import Answer, Rows
 from .core.errors import KallosError
 from .options import Interrupted, command, same_database
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from kallos.workflow.reproduction import Reproduction
 
 runs_app = typer.Typer(name="runs", help="Finished runs: list, compare, prune.")
 reproduce_app = typer.Typer()
-
-# %% ../nbs/59o_runs_commands.ipynb #43993e8c
-def _cell(value: Any) -> str:
-    if value is None or value != value:  # NaN and NaT
-        return ""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-# %% ../nbs/59o_runs_commands.ipynb #a971b86d
-def _show(table: "pd.DataFrame", title: str) -> None:
-    rows = [[_cell(value) for value in row] for row in table.itertuples(index=False)]
-    if not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(table.columns, *rows, strict=True)]
-        lines = [
-            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
-            for row in [[*table.columns], *rows]
-        ]
-        typer.echo("\n".join([f"{title}:", *(line.rstrip() for line in lines)]))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(*table.columns, title=title, title_justify="left")
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
 
 # %% ../nbs/59o_runs_commands.ipynb #190ced93
 def _reports(given: dict[str, Any]) -> Path:
@@ -113,49 +86,44 @@ def _told(parts: dict[str, Any]) -> str:
 # %% ../nbs/59o_runs_commands.ipynb #789c9b74
 @command(
     runs_app,
-    "reports as_json db_url",
+    "reports db_url",
     example="--json",
     stopped="nothing was changed.",
 )
 def runs_list(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """List the runs, the newest first: how each ended, when it began, and the skill of each part."""
-    import pandas as pd
-
     found = _listed(_reports(given), _index(given))
-    if given.get("as_json"):
-        typer.echo(json.dumps(found, indent=2))
-    elif not found:
-        typer.echo(f"There are no runs in {_reports(given)}.")
-    else:
-        rows = pd.DataFrame(found)
-        shown = rows.assign(parts=rows["parts"].map(_told)).rename(columns={"parts": "skill"})
-        _show(shown[["run_id", "status", "began", "seconds", "skill"]], f"{len(found)} runs in {_reports(given)}")
+    heads = ("run_id", "status", "began", "seconds")
+    rows = [[*(one[name] for name in heads), _told(one["parts"])] for one in found]
+    count = f"{len(found)} run{'s' * (len(found) > 1)}"
+    table = Rows(f"{count} in {_reports(given)}", (*heads, "skill"), rows)
+    return Answer(found, [table] if found else f"There are no runs in {_reports(given)}.")
 
 # %% ../nbs/59o_runs_commands.ipynb #4bc0bbc3
 @command(
     runs_app,
-    "run_ids reports as_json",
+    "run_ids reports",
     required="run_ids",
     example="20240501 20240502",
     stopped="nothing was changed.",
 )
 def runs_compare(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Compare two or more runs: the settings that differ, and their figures side by side with the better one named."""
     from kallos.workflow.run_comparison import compare_runs
     from kallos.workflow.run_records import open_run
 
     found = compare_runs([open_run(_reports(given), run_id) for run_id in given["run_ids"]])
-    tables = {"Settings that differ": found.settings.reset_index(), "Figures": found.figures.reset_index()}
-    if given.get("as_json"):
-        rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
-        typer.echo(json.dumps({"settings": rows["Settings that differ"], "figures": rows["Figures"]}, indent=2))
-        return
-    for name, table in tables.items():
-        _show(table, name) if len(table) else typer.echo(f"{name}: none.")
+    tables = {"settings": found.settings.reset_index(), "figures": found.figures.reset_index()}
+    titles = {"settings": "Settings that differ", "figures": "Figures"}
+    said = [
+        Rows(titles[name], [*table], table.to_numpy(dtype=object).tolist()) if len(table) else f"{titles[name]}: none."
+        for name, table in tables.items()
+    ]
+    return Answer({name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}, said)
 
 # %% ../nbs/59o_runs_commands.ipynb #28862a3f
 @command(
@@ -166,16 +134,16 @@ def runs_compare(
 )
 def runs_prune(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Remove old runs that meet all conditions typed, with their rows in the index; without --yes only say which."""
     from kallos.workflow.pruning import prune_runs
 
     dry_run = "yes" not in given or "dry_run" in given
     which = {"keep": given.get("keep"), "older_than_days": given.get("older_than"), "failed": "only_failed" in given}
     found = prune_runs(_reports(given), **which, dry_run=dry_run, engine=_index(given))
-    typer.echo(found.text())
-    if dry_run and (found.runs or found.gone):
-        typer.echo("Nothing was removed; --yes removes them.")
+    values = {"dry_run": dry_run, "runs": found.runs, "gone": found.gone, "passed_over": found.passed_over}
+    more = ["Nothing was removed; --yes removes them."] if dry_run and (found.runs or found.gone) else []
+    return Answer(values | {"bytes": found.bytes}, [found.text(), *more])
 
 # %% ../nbs/59o_runs_commands.ipynb #4a20c72d
 class NotReproduced(KallosError):
@@ -187,15 +155,17 @@ class NotReproduced(KallosError):
 _MOST = 20  # differences that are shown
 
 
-def _tell(found: "Reproduction") -> None:
-    typer.echo(f"{found.sentence}")
-    lines = [one.text() for one in found.differences]
+def _in_words(found: "Reproduction") -> list[str]:
+    said, lines = [found.sentence], [one.text() for one in found.differences]
     more = [f"and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
     for title, told in {"Differences": lines[:_MOST] + more, "Beside the numbers": found.notes}.items():
-        if told:
-            typer.echo("\n".join(["", f"{title}:", *(f"  {line}" for line in told)]))
-    if found.again:
-        typer.echo(f"\nThe second run: {found.again}")
+        said += ["", f"{title}:", *(f"  {line}" for line in told)] if told else []
+    return said + ([f"\nThe second run: {found.again}"] if found.again else [])
+
+
+def _values(found: "Reproduction") -> dict[str, Any]:
+    names = ("run_id", "same", "sentence", "parts", "tables", "notes", "again")
+    return {name: getattr(found, name) for name in names} | {"differences": found.differences}
 
 # %% ../nbs/59o_runs_commands.ipynb #8d46a622
 def _stopped(again: Path, db: str | None) -> str:
@@ -227,16 +197,16 @@ def _run_again(first: Any, db: str | None) -> Any:
     required="run_id",
     example="20240501",
     stopped="the first run is as it was; the second can be resumed or pruned.",
+    codes={4: "a part of the second run failed", 5: "something differs"},
 )
 def reproduce(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Run a finished run again from its manifest, and compare the two number by number; 5 if anything differs."""
     from kallos.workflow.reproduction import reproduce as repeat
     from kallos.workflow.run_records import open_run
 
     run, db = open_run(_reports(given), given["run_id"]), given.get("db_url")
     found = repeat(run, db=db, run_again=_run_again(run, db))
-    _tell(found)
-    if not found.same:
-        raise NotReproduced(f"{run.run_id} was not reproduced", next_step="The lines above say what differs.")
+    differs = NotReproduced(f"{run.run_id} was not reproduced", next_step="The answer says what differs.")
+    return Answer(_values(found), _in_words(found), failure=None if found.same else differs)

@@ -23,7 +23,6 @@ _RUNS = {
     "reports": option(Path, "Folder with a folder for each run.", "reports in the project"),
     "run_name": option(str, "Name of the run, and of its folder.", "assets and time", name="--run-id"),
     "resume_run": option(str, "Go on with that run: what is done and still holds is kept.", name="--resume"),
-    "quiet": flag("--quiet", "Show no progress."),
     "keep": option(int, "So many of the newest runs stay."),
     "older_than": option(float, "Only runs that began more days ago."),
     "only_failed": flag("--failed", "Only runs that failed or were interrupted."),

@@ -11,23 +11,27 @@ from typing import Any
 
 import typer
 
+from .answers import Answer, tell
 from .core.errors import ConfigError
 from .options import command
 
 serve_app = typer.Typer()
 
 # %% ../nbs/59k_serve_commands.ipynb #8c9f9836
-def _manage_keys(given: dict[str, Any]) -> None:
+def _manage_keys(given: dict[str, Any]) -> Answer:
     from kallos.inference.api_keys import new_key, revoke_key
 
     if "keys" not in given:
         raise ConfigError("nothing says where the keys lie", next_step="Name the file with --keys.")
+    found = {"keys": given["keys"]}
     if "revoke_key" in given:
         revoke_key(given["keys"], given["revoke_key"])
+        found["revoked"] = given["revoke_key"]
         typer.echo(f"{given['revoke_key']} is revoked; services see it within a second.", err=True)
     if "new_key" in given:
-        typer.echo(new_key(given["keys"], given["new_key"]))
+        found |= {"name": given["new_key"], "key": new_key(given["keys"], given["new_key"])}
         typer.echo("This key is shown once. Clients send it as `Authorization: Bearer KEY`.", err=True)
+    return Answer(found, found.get("key", ""), once=True)
 
 # %% ../nbs/59k_serve_commands.ipynb #2d2f4571
 _NAMES = {
@@ -46,14 +50,14 @@ _LIMITS = "most_rows max_body request_timeout concurrency connections trusted_ba
     f"{_DOOR} {_LIMITS}",
     example="--bundles bundles --port 8080 --workers 2",
     stopped="nothing was changed.",
+    codes={0: "done, as when SIGTERM or Ctrl-C ends the service"},
 )
 def serve(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer | None:
     """Serve forecasts over HTTP from every bundle of a folder, to this machine alone unless there are keys."""
     if given.keys() & {"new_key", "revoke_key"}:
-        _manage_keys(given)
-        return
+        return _manage_keys(given)
     from kallos.inference.server import serve as run
     from kallos.inference.service_settings import ServiceSettings
 
@@ -61,4 +65,5 @@ def serve(
         raise ConfigError("nothing says where the bundles lie", next_step="Name their folder with --bundles.")
     values = {_NAMES.get(name, name): value for name, value in given.items()}
     values.setdefault("db_url", os.environ.get("KALLOS_DB_URL") or None)
-    run(ServiceSettings(**values), tell=typer.echo)
+    run(ServiceSettings(**values), tell=lambda address: tell(Answer({"url": address}, address)))
+    return None

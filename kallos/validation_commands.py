@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import command, tell_chosen, tell_next
+from .answers import Answer
+from .options import command, flattered
 
 if TYPE_CHECKING:
     from kallos.models.cross_validation import CrossValidation
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 validation_app = typer.Typer()
 
 # %% ../nbs/59d_validation_commands.ipynb #9c6118ce
-def _run(scheme: str, given: dict[str, Any]) -> None:
+def _run(scheme: str, given: dict[str, Any]) -> Answer:
     from kallos.evaluation.figures import write_figures
     from kallos.evaluation.paths import write_metrics
     from kallos.models.cross_validation import ValidationSettings, cross_validate
@@ -33,17 +34,18 @@ def _run(scheme: str, given: dict[str, Any]) -> None:
     refuse_later_end(settings.params_file, settings.end_date)
     run = cross_validate(settings, db=db_url)
     sentence = write_metrics(run)
-    _tell(run, sentence, write_figures(run), settings.params_file)
+    return _answer(run, sentence, write_figures(run), settings.params_file)
 
 # %% ../nbs/59d_validation_commands.ipynb #64cc9a36
-def _tell(run: "CrossValidation", sentence: str, pages: list[Path], params_file: Path) -> None:
-    count, paths = run.forecasts["fold"].nunique(), len(run.paths)
-    typer.echo(f"{count} folds, {len(run.forecasts):,} forecasts, {paths} path{'s' * (paths > 1)}\n{sentence}")
-    tell_chosen(params_file)
+def _answer(run: "CrossValidation", sentence: str, pages: list[Path], params_file: Path) -> Answer:
+    counts = {"folds": int(run.forecasts["fold"].nunique()), "forecasts": len(run.forecasts), "paths": len(run.paths)}
+    chosen = flattered(params_file)
+    found = counts | {"sentence": sentence, "chosen_on_these_rows": bool(chosen), "folder": run.folder}
+    said = f"{counts['folds']} folds, {counts['forecasts']:,} forecasts, {counts['paths']} path"
+    said += "s" * (counts["paths"] > 1)
     files = [run.folder / name for name in ("forecasts.parquet", "metrics.json", "manifest.json")]
-    files += pages
-    typer.echo("\n".join(["", "Files:", *(f"  {path}" for path in files)]))
-    tell_next("kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included")
+    after = "kallos-run evaluate, with the same options: the whole verdict, the rows after the end date included"
+    return Answer(found, [said, sentence, *chosen], [*files, *pages], [after])
 
 # %% ../nbs/59d_validation_commands.ipynb #4b79893b
 _MODEL = """model_name asset_id start_date end_date splits params_file timeframe target_col feature_groups horizon seed
@@ -51,37 +53,38 @@ device precision"""
 _FIT = """embargo max_epochs patience exact train_stride max_samples_per_epoch gradient_clip batch_size n_jobs
 dask_scheduler output_path db_url"""
 _EXAMPLE = "--asset-id BTC --end-date 2023-01-01 --params-file gru_BTC_best_params.json"
+_FAILS = {4: "a fit failed"}
 _STOPPED = "the folds that are done are kept, and the same command fits the rest."
 
 
 @command(
     validation_app, f"{_MODEL} n_splits {_FIT}", required="params_file", example=f"{_EXAMPLE} --n-jobs -1",
-    stopped=_STOPPED,
+    stopped=_STOPPED, codes=_FAILS,
 )  # fmt: skip
 def cv(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Judge a tuned model by purged k-fold cross-validation: every row is forecast by a model of the others."""
-    _run("cv", given)
+    return _run("cv", given)
 
 # %% ../nbs/59d_validation_commands.ipynb #fb75998e
 @command(
     validation_app, f"{_MODEL} refit_every first_train_share train_window {_FIT}", required="params_file",
-    example=f"{_EXAMPLE} --refit-every 30", stopped=_STOPPED,
+    example=f"{_EXAMPLE} --refit-every 30", stopped=_STOPPED, codes=_FAILS,
 )  # fmt: skip
 def walk_forward(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Judge a tuned model as it would have been used: refitted every few rows, forecasting the next few."""
-    _run("walk-forward", given)
+    return _run("walk-forward", given)
 
 # %% ../nbs/59d_validation_commands.ipynb #82b038f3
 @command(
     validation_app, f"{_MODEL} n_groups n_test_groups {_FIT}", required="params_file",
-    example=f"{_EXAMPLE} --n-groups 6 --n-test-groups 2", stopped=_STOPPED,
+    example=f"{_EXAMPLE} --n-groups 6 --n-test-groups 2", stopped=_STOPPED, codes=_FAILS,
 )  # fmt: skip
 def cpcv(
     given: dict[str, Any],  # the options that were typed
-) -> None:
+) -> Answer:
     """Judge a tuned model by combinatorial purged cross-validation: several whole histories instead of one."""
-    _run("cpcv", given)
+    return _run("cpcv", given)

@@ -304,7 +304,7 @@ def kallos_run(place: Path, *words: object, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_list_compare_and_prune_as_they_are_typed(place, capsys):
+def test_list_compare_and_prune_as_they_are_typed(place):
     engine = connect(url_of(place))
     record_run(engine, {"run_id": "lost", "folder": place / "reports/lost", "created_at": "2024-01-01"})
     here = {"reports": place / "reports", "db_url": url_of(place)}
@@ -312,39 +312,33 @@ def test_list_compare_and_prune_as_they_are_typed(place, capsys):
     said = kallos_run(place, "runs", "list", *typed)
     assert said.splitlines()[1].split() == ["run_id", "status", "began", "seconds", "skill"] and "│" not in said
     assert "running, its folder is gone" in said
-    runs_commands.runs_list(here | {"as_json": True})
-    listed = json.loads(capsys.readouterr().out)
+    listed = json.loads(runs_commands.runs_list(here).as_json())
     assert [one["run_id"] for one in listed] == ["2024-linear", "2024-gru", "lost"]
-    runs_commands.runs_compare({"reports": here["reports"], "run_ids": ["2024-l", "2024-g"]})
-    assert capsys.readouterr().out.splitlines()[2].split() == ["model.name", "linear", "gru"]
+    compared = runs_commands.runs_compare({"reports": here["reports"], "run_ids": ["2024-l", "2024-g"]})
+    assert compared.text().splitlines()[2].split() == ["model.name", "linear", "gru"]
     assert "--failed" in kallos_run(place, "runs", "prune", *typed, code=2)
-    runs_commands.runs_prune(here | {"keep": 0, "yes": True, "dry_run": True})
-    assert "2 runs would be removed" in capsys.readouterr().out and len(find_runs(here["reports"])) == 2
+    pruned = runs_commands.runs_prune(here | {"keep": 0, "yes": True, "dry_run": True})
+    assert "2 runs would be removed" in pruned.text() and len(find_runs(here["reports"])) == 2
     said = kallos_run(place, "runs", "prune", "--keep", 1, "--yes", *typed)
     assert "2024-gru: removed" in said and "lost: its folder is gone; its row in the index removed" in said
     assert [run.run_id for run in find_runs(here["reports"])] == ["2024-linear"]
     engine.dispose()
 
 
-def test_a_table_on_a_terminal_has_a_frame(place, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    runs_commands.runs_list({"reports": place / "reports", "db_url": url_of(place)})
-    assert "┃" in capsys.readouterr().out
+def test_a_table_on_a_terminal_has_a_frame(place):
+    found = runs_commands.runs_list({"reports": place / "reports", "db_url": url_of(place)})
+    assert "┃" in found.text(columns=100) and "┃" not in found.text()
 
 
-def test_the_exit_code_of_a_reproduction_says_whether_it_is_the_same(place, monkeypatch, capsys):
+def test_the_exit_code_of_a_reproduction_says_whether_it_is_the_same(place, monkeypatch):
     given = {"run_id": "2024-linear", "reports": place / "reports", "db_url": url_of(place)}
+    found = {}
     for seed in (3, 4):
         again = lambda s, run_id, seed=seed: leave_run(url_of(place), s | {"seed": seed}, run_id)  # noqa: E731
         monkeypatch.setattr(runs_commands, "_run_again", lambda first, db, again=again: again)
-        if seed == 3:
-            runs_commands.reproduce(dict(given))
-            assert "Yes: 2024-linear gives the same numbers again" in capsys.readouterr().out
-        else:
-            with pytest.raises(runs_commands.NotReproduced) as error:
-                runs_commands.reproduce(dict(given))
-            assert (
-                error.value.exit_code == 5
-                and "1d/backtest_metrics.json, sharpe: 3.0 before, 4.0 now" in capsys.readouterr().out
-            )
+        found[seed] = runs_commands.reproduce(dict(given))
+    assert found[3].failure is None and "Yes: 2024-linear gives the same numbers again" in found[3].text()
+    assert isinstance(found[4].failure, runs_commands.NotReproduced) and found[4].failure.exit_code == 5
+    assert "1d/backtest_metrics.json, sharpe: 3.0 before, 4.0 now" in found[4].text()
+    assert 4.0 in [one["found"] for one in json.loads(found[4].as_json())["differences"]]
     assert "no such run" in kallos_run(place, "reproduce", "2019", "--reports", place / "reports", code=2)

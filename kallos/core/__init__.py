@@ -39,7 +39,6 @@ __getattr__, __dir__, __all__ = lazy(
             "find_file",
             "notebook_parameters",
             "parse_moment",
-            "project_root",
             "read_feature_groups",
             "settings_from_notebook",
             "study_name",
@@ -174,6 +173,11 @@ __getattr__, __dir__, __all__ = lazy(
             "plot_distances",
             "plot_rolling_errors",
             "plot_then_and_now",
+        ),
+        "places": ("project_root",),
+        "waiting": (
+            "doing",
+            "tell_section",
         ),
         "columns": (
             "BAR_COLUMNS",

@@ -39,6 +39,7 @@ import kallos
 from ..core.config import Settings, as_parameters
 from ..core.errors import ArtifactError, ConfigError, KallosError, TrainingError, error_from
 from ..core.runs import atomic_write, mask_secrets
+from ..core.waiting import tell_section
 from .kernels import own_kernel
 
 # %% ../../nbs/workflow/52_reports.ipynb #59276a33
@@ -103,7 +104,13 @@ def check_kernel(
 
 # %% ../../nbs/workflow/52_reports.ipynb #87aea0c6
 class _MaskingClient(PapermillNotebookClient):
-    """Executes a notebook's cells, and masks the secrets in whatever comes back."""
+    """Executes a notebook's cells, tells its sections, and masks the secrets in whatever comes back."""
+
+    def execute_cell(self, cell: NotebookNode, index: int, **kwargs: Any) -> NotebookNode:
+        """The executed cell; of prose, only its heading is told."""
+        if cell.cell_type == "markdown":
+            tell_section(cell.source, done=index, total=len(self.nb.cells), begun=self.nb_man.start_time)
+        return super().execute_cell(cell, index, **kwargs)
 
     def process_message(self, message: dict, *args: Any, **kwargs: Any) -> NotebookNode | None:
         """The cell's output, if the message is one."""
