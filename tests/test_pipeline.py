@@ -268,11 +268,13 @@ def test_a_network_that_two_workers_tune_is_killed_ten_times(both, tmp_path):
 @pytest.mark.timeout(0)
 def test_a_run_can_be_reproduced_until_a_bar_changes(both, tmp_path):
     folder = shutil.copytree(both.parents[1], tmp_path / "copy")
+    with closing(sqlite3.connect(folder / "kallos.db")) as database:
+        last = database.execute("SELECT MAX(ts) FROM bars WHERE timeframe = '12h'").fetchone()  # that the run has seen
     market_goes_on(folder)
     assert "gives the same numbers again, to the last bit, in 12h, 1d" in p.kallos(folder, "reproduce", "whole")
     with closing(sqlite3.connect(folder / "kallos.db")) as database, database:
-        last = "(SELECT MAX(ts) FROM bars WHERE timeframe = '1d')"
-        database.execute(f"UPDATE bars SET volume = volume * 1.01 WHERE timeframe = '12h' AND ts = {last}")
+        change = "UPDATE bars SET volume = volume * 1.01 WHERE timeframe = '12h' AND ts = ?"
+        assert database.execute(change, last).rowcount == 1
     said = p.kallos(folder, "reproduce", "whole", code=5)
     assert "12h bars" in said
     assert "1d bars" not in said
