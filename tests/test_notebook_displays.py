@@ -92,7 +92,7 @@ def settled(root: Path, name: str) -> dict[str, object]:
     known: dict[str, object] = {}
     for code in (next(c for c in codes if c.startswith(("asset_id =", "ensemble =", "forecasts =", "bundle ="))),
                  next(c for c in codes if "settings = " in c)):  # fmt: skip
-        exec(compile(code, name, "exec"), known)
+        exec(compile(re.sub(r"^%.*", "", code, flags=re.M), name, "exec"), known)
     return known
 
 

@@ -35,7 +35,8 @@ def _add_lags(figure: go.Figure, place: tuple[int, int], lags: pd.DataFrame, wha
     edge = {"mode": "lines", "line": {"color": TRUTH, "width": 0.5}, "hoverinfo": "skip", "name": "chance"}
     figure.add_scatter(x=ends, y=-bound, **edge, row=row, col=col)
     figure.add_scatter(x=ends, y=bound, **edge, fill="tonexty", fillcolor="rgba(128,128,128,0.25)", row=row, col=col)
-    colors = np.where(lags[what].abs() > lags["bound"], MARK, MODEL)
+    outside = (lags[what].abs() > lags["bound"]) & (what == "correlation")
+    colors = np.where(outside, MARK, MODEL)
     look = {"marker_color": colors, "name": what, "hovertemplate": "%{x}: %{y:.3f}<extra></extra>"}
     figure.add_bar(x=ends, y=lags[what], **look, row=row, col=col)
 
@@ -51,8 +52,6 @@ def _grid(names: list[str]) -> go.Figure:
     shape = {"rows": len(names), "cols": 3, "column_widths": [0.36, 0.32, 0.32]}
     figure = make_subplots(**shape, horizontal_spacing=0.06, vertical_spacing=gap, subplot_titles=titles)
     figure.update_annotations(font_size=12)
-    for col, title in enumerate(_AXES, start=1):
-        figure.update_xaxes(title={"text": title, "font": {"size": 11}, "standoff": 2}, col=col)
     return figure
 
 # %% ../../nbs/core/06h_feature_plots.ipynb #b4289c6d
@@ -74,5 +73,7 @@ def plot_features(
     chance = f"{outside} of {mine['correlation'].count()} correlations lie beyond the band"
     title = f"{len(names)} {group}: {chance}, by chance alone {0.05 * mine['correlation'].count():.0f} would"
     height = _REST + _ROW * len(names)
-    finish_figure(figure, title, x=_AXES[0], y="", height=height, showlegend=False, bargap=0.15, margin_t=110)
+    finish_figure(figure, title, x="", y="", height=height, showlegend=False, bargap=0.15, margin_t=110)
+    for col, axis in enumerate(_AXES, start=1):
+        figure.update_xaxes(title={"text": axis, "font": {"size": 11}, "standoff": 2}, col=col)
     return figure

@@ -119,6 +119,6 @@ def plot_label_spans(
     line = {"color": TRUTH, "width": 1.2}
     figure.add_scatter(x=shown.index, y=shown.to_numpy(), mode="lines", name="close", line=line, opacity=0.6)
     figure.add_traces([*_spans(drawn)])
-    of = "the bars" if every == 1 else f"every {every}th bar"
-    title = f"The newest {len(drawn)} labels of {of}, each over {horizon} bars at most"
+    apart = "" if every == 1 else f"{every} bars apart, "
+    title = f"The newest {len(drawn)} labels, {apart}each over {horizon} bars at most"
     return finish_figure(figure, title, x=TIME, y="price (quote asset)", height=480)

@@ -58,7 +58,7 @@ def _html(splitter: "Splitter") -> str:
     facts = {name: f"{len(value):,} label ends" if isinstance(value, ends) else value for name, value in given.items()}
     facts |= {"fits": splitter.get_n_splits()} | ({"paths": splitter.n_paths} if hasattr(splitter, "n_paths") else {})
     kind = type(splitter)
-    return facts_html(kind.__name__, facts, about=kind.__doc__, todo=".plot(X) draws it, .table(X) counts its rows")
+    return facts_html(kind.__name__, facts, about=kind.__doc__.replace("`", ""), todo=".plot(X)")
 
 # %% ../../nbs/data/15_splits.ipynb #94ee9321
 class Splitter(_Parameters, ABC):

@@ -6,6 +6,7 @@
 __all__ = ['is_bars', 'bars_html', 'study_html', 'show_in', 'hide_in']
 
 # %% ../../nbs/workflow/57_notebook_displays.ipynb #fadef62a
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,7 @@ def show_in(
     shell: "InteractiveShell",  # of a notebook
 ) -> None:
     """From now on the shell shows what a frame of bars and a study are; returns nothing."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
     formatter = shell.display_formatter.formatters["text/html"]
     if formatter in _BEFORE:
         return
