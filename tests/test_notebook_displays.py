@@ -60,15 +60,15 @@ def test_every_object_of_ours_shows_itself_without_colours(tmp_path, root):
     days = pd.date_range("2024-01-01", periods=50, tz="UTC")
     ends = pd.Series(days + pd.Timedelta(days=3), days)
     run, bundle = read_run(root / "reports" / "showcase"), load_bundle(small_bundle(tmp_path))
-    expected = {
-        ChronologicalSplit(t1=ends): ("ChronologicalSplit", "50 label ends", "0.7"),
-        WalkForwardSplit(val_length=1_234, train_length=5): ("WalkForwardSplit", "1,234", "expanding"),
-        PurgedKFold(n_splits=7, embargo=pd.Timedelta("2h")): ("PurgedKFold", "0 days 02:00:00", "7"),
-        CombinatorialPurgedCV(n_groups=6): ("CombinatorialPurgedCV", "fits", "15", "paths", "5"),
-        run: ("Run showcase", "12h", "done", "kallos-run dashboard showcase"),
-        bundle: ("Bundle small_BTC_1d", "No skill: made of random weights.", "1 bar of 1d ahead", bundle.digest[:12]),
-    }
-    for thing, words in expected.items():
+    expected = [
+        (ChronologicalSplit(t1=ends), ("ChronologicalSplit", "50 label ends", "0.7")),
+        (WalkForwardSplit(val_length=1_234, train_length=5), ("WalkForwardSplit", "1,234", "expanding")),
+        (PurgedKFold(n_splits=7, embargo=pd.Timedelta("2h")), ("PurgedKFold", "0 days 02:00:00", "7")),
+        (CombinatorialPurgedCV(n_groups=6), ("CombinatorialPurgedCV", "fits", "15", "paths", "5")),
+        (run, ("Run showcase", "12h", "done", "kallos-run dashboard showcase")),
+        (bundle, ("Bundle small_BTC_1d", "No skill: made of random weights.", "1 bar of 1d ahead", bundle.digest[:12])),
+    ]
+    for thing, words in expected:
         html = thing._repr_html_()
         assert all(word in html for word in words), (words, html)
         assert not re.search(r"(?<![-\w])color\s*:|background", html)

@@ -48,22 +48,20 @@ def autocorrelations(
     most_rows: int = MOST_ROWS,  # the newest that are looked at
 ) -> pd.DataFrame:
     """One row a feature and lag: feature, lag, autocorrelation, and bound (of 95 % of noise)."""
-    rows, names = table.tail(most_rows), [*names]
-    values, places, found = {name: rows[name].to_numpy(float) for name in names}, _places(rows, timeframe), []
-    for lag in lags:
-        now, later = _partners(places, lag)
-        found += [(name, lag, *_correlation(values[name][now], values[name][later])) for name in names]
-    made = pd.DataFrame(found, columns=["feature", "lag", "autocorrelation", "bound"])
-    return made.sort_values(
-        ["feature", "lag"], key=lambda c: c.map(names.index) if c.name == "feature" else c, ignore_index=True
-    )
+    rows = table.tail(most_rows)
+    places, found = _places(rows, timeframe), []
+    pairs = {lag: _partners(places, lag) for lag in lags}
+    for name in names:
+        values = rows[name].to_numpy(float)
+        found += [(name, lag, *_correlation(values[now], values[later])) for lag, (now, later) in pairs.items()]
+    return pd.DataFrame(found, columns=["feature", "lag", "autocorrelation", "bound"])
 
 # %% ../../nbs/data/14d_feature_looks.ipynb #9c8ab4f0
 def _ranked(values: np.ndarray, returns: np.ndarray) -> tuple[float, float]:
     known = np.isfinite(values) & np.isfinite(returns)
     return _correlation(*(pd.Series(side[known]).rank().to_numpy() for side in (values, returns)))
 
-
+# %% ../../nbs/data/14d_feature_looks.ipynb #9c8ab45b
 def correlations_ahead(
     table: pd.DataFrame,  # `ts` rising (the close of each row's bar), `close`, and the features
     names: Iterable[str],  # the features
@@ -73,15 +71,12 @@ def correlations_ahead(
     most_rows: int = MOST_ROWS,  # the newest that are looked at
 ) -> pd.DataFrame:
     """One row a feature and lag: feature, lag, correlation (of ranks), and bound (of 95 % of chance)."""
-    rows, names, found = table.tail(most_rows), [*names], []
+    rows, found = table.tail(most_rows), []
     places, logs, returns = _places(rows, timeframe), np.log(rows["close"].to_numpy(float)), np.full(len(rows), np.nan)
     now, following = _partners(places, 1)
     returns[now] = logs[following] - logs[now]
-    for lag in lags:
-        here, before = (np.arange(len(rows)),) * 2 if lag == 1 else _partners(places, lag - 1)
-        ahead = returns[before]
-        found += [(name, lag, *_ranked(rows[name].to_numpy(float)[here], ahead)) for name in names]
-    made = pd.DataFrame(found, columns=["feature", "lag", "correlation", "bound"])
-    return made.sort_values(
-        ["feature", "lag"], key=lambda c: c.map(names.index) if c.name == "feature" else c, ignore_index=True
-    )
+    pairs = {lag: _partners(places, lag - 1) for lag in lags}
+    for name in names:
+        values = rows[name].to_numpy(float)
+        found += [(name, lag, *_ranked(values[here], returns[before])) for lag, (here, before) in pairs.items()]
+    return pd.DataFrame(found, columns=["feature", "lag", "correlation", "bound"])

@@ -62,7 +62,7 @@ def _steps(ts: pd.Series) -> dict[str, Any]:
     guess = {"timeframe": f"{timeframe}, as {counts.max() / len(steps):.2%} of the steps are"}
     return guess | ({"gaps": _gaps(ts, timeframe)} if timeframe in TIMEFRAMES else {})
 
-
+# %% ../../nbs/workflow/57_notebook_displays.ipynb #591c305b
 def bars_html(
     bars: pd.DataFrame,  # a frame for which `is_bars` holds
 ) -> str:
@@ -136,7 +136,7 @@ def show_in(
     formatter.for_type(pd.DataFrame, ours)
     formatter.for_type_by_name(*_STUDY, study_html)
 
-
+# %% ../../nbs/workflow/57_notebook_displays.ipynb #11aec95b
 def hide_in(
     shell: "InteractiveShell",  # of a notebook
 ) -> None:
