@@ -46,8 +46,8 @@ check: $(VENV) ## the quick part of test: lint, sync and the fast tests
 soak: $(VENV) ## the long proofs at full size
 	$(PYTEST) -m soak --timeout 0
 
-lab: $(VENV) ## the notebooks in JupyterLab; ARGS='--no-browser' and the like go to it
-	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
+lab: $(VENV) ## the notebooks in JupyterLab, explore.ipynb first; ARGS='--no-browser' and the like go to it
+	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS) nbs/explore.ipynb
 
 bench: .venv-bench/installed ## kallos against its peers, in an environment of their own
 	@for benchmark in tests/benchmarks/bench_*.py; do echo "$$benchmark"; .venv-bench/bin/python $$benchmark || exit; done

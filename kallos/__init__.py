@@ -20,6 +20,16 @@ def lazy(package: str, modules: dict[str, tuple[str, ...]]) -> tuple:
     return load, lambda: public, public
 
 
+def load_ipython_extension(shell) -> None:
+    """`%load_ext kallos`: frames of bars and studies say what they are; everything else looks as before."""
+    import_module("kallos.workflow.notebook_displays").show_in(shell)
+
+
+def unload_ipython_extension(shell) -> None:
+    """`%unload_ext kallos`: everything looks as before."""
+    import_module("kallos.workflow.notebook_displays").hide_in(shell)
+
+
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {

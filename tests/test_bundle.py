@@ -331,7 +331,7 @@ from kallos.inference.bundle import load_bundle
 bundle = load_bundle({str(path)!r})
 import pandas as pd
 bars = pd.read_csv({str(tmp_path / "bars.csv")!r}, parse_dates=["ts"])
-assert bundle.predict(bars)["status"].iloc[0] == "ok"
+assert bundle.predict(bars)["status"].iloc[0] == "ok" and "No skill" in bundle._repr_html_()
 print(*sorted({{name.split(".")[0] for name in sys.modules}}))"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     loaded = {*run.stdout.split()}

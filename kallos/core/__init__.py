@@ -119,6 +119,11 @@ __getattr__, __dir__, __all__ = lazy(
             "score_classes",
             "wilson_interval",
         ),
+        "displays": ("fact_text", "facts_html"),
+        "newest_files": ("newest_file",),
+        "market_plots": ("plot_label_spans", "plot_marked_bars"),
+        "feature_plots": ("plot_features",),
+        "study_plots": ("MOST_TRIALS", "plot_trial_folds"),
         "plots": (
             "MARK",
             "MODEL",

@@ -267,6 +267,7 @@ __getattr__, __dir__, __all__ = lazy(
             "refresh_features",
         ),
         "labels": ("make_labels",),
+        "feature_looks": ("LAGS", "MOST_ROWS", "autocorrelations", "correlations_ahead"),
         "spans": (
             "Embargo",
             "Part",

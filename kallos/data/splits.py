@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 
+from ..core.displays import facts_html
 from ..core.errors import ConfigError, DataError
 from .bars import to_utc
 from .spans import Embargo, Part, Spans, check_embargo, clear_before, parts_table, row_spans, rows_in_time
@@ -39,7 +40,10 @@ class _Parameters:
         shown = (f"{name}={_short(value)}" for name, value in self.get_params().items())
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    def _repr_html_(self) -> str:
+        return _html(self)
 
+# %% ../../nbs/data/15_splits.ipynb #73622578
 def _short(value: object) -> str:
     return f"<{len(value):,} label ends>" if isinstance(value, pd.Series | pd.Index) else repr(value)
 
@@ -47,6 +51,14 @@ def _short(value: object) -> str:
 def _check_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int | np.integer) or value < least:
         raise ConfigError(f"{name} must be a whole number", value, f"Use {least} or more.")
+
+
+def _html(splitter: "Splitter") -> str:
+    ends, given = pd.Series | pd.Index, splitter.get_params()
+    facts = {name: f"{len(value):,} label ends" if isinstance(value, ends) else value for name, value in given.items()}
+    facts |= {"fits": splitter.get_n_splits()} | ({"paths": splitter.n_paths} if hasattr(splitter, "n_paths") else {})
+    kind = type(splitter)
+    return facts_html(kind.__name__, facts, about=kind.__doc__.replace("`", ""), todo=".plot(X)")
 
 # %% ../../nbs/data/15_splits.ipynb #94ee9321
 class Splitter(_Parameters, ABC):

@@ -294,6 +294,7 @@ __getattr__, __dir__, __all__ = lazy(
             "make_orders",
             "orders_of",
         ),
+        "quick_backtests": ("quick_backtest",),
         "backtest_runs": (
             "BacktestRun",
             "FEWEST_TWINS",

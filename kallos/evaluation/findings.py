@@ -9,9 +9,10 @@ __all__ = ['Finding', 'Probe', 'merge', 'Audit']
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from html import escape
 
 import pandas as pd
+
+from ..core.displays import facts_html
 
 # %% ../../nbs/evaluation/30a_findings.ipynb #4ae683b2
 @dataclass(frozen=True)
@@ -110,4 +111,19 @@ class Audit(_Outcome):
         held = {n: getattr(self, n) for n in names} | {self.what: self.tried}
         return held | {"notes": notes, "findings": self.findings.to_dict("records")}
 
-    _repr_html_ = lambda self: f"<pre>{escape(self.text())}</pre>"  # noqa: E731 -- Jupyter's hook, one expression
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+# %% ../../nbs/evaluation/30a_findings.ipynb #16ef4c2e
+def _rows(probe: Probe) -> Iterable[list[object]]:
+    found = [f"{f.column}, row {f.ts:%Y-%m-%d %H:%M}: {f.said} ({f.count:,} such)" for f in probe.findings]
+    yield [probe.name, probe.comparisons, found[0] if found else "nothing", probe.note]
+    yield from (["", "", said, ""] for said in found[1:])
+
+
+def _html(audit: Audit) -> str:
+    facts = {"bars": audit.bars, "first": audit.first, "last": audit.last}
+    facts |= {f"{audit.what} tried": f"{len(audit.tried)}: {', '.join(audit.tried)}", "seed": audit.seed}
+    rows = [row for probe in audit.probes for row in _rows(probe)]
+    title, columns = f"Audit of {audit.asset_id} {audit.timeframe}", ["probe", "comparisons", "found", "note"]
+    return facts_html(title, facts, verdict=_verdict(audit), rows=rows, columns=columns)

@@ -97,6 +97,7 @@ __getattr__, __dir__, __all__ = lazy(
             "PROOF_WINDOWS",
             "Windows",
             "make_bundle",
+            "ready_bundle",
         ),
         "bundle_proof": (
             "HEAVY",

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.columns import step_of
+from ..core.displays import facts_html
 from ..core.errors import ArtifactError, DataError, KallosError
 from ..data.bars import to_utc
 from .answers import Answer, answer_newest, answer_rows, by_asset, check_all
@@ -24,11 +25,9 @@ from .bundle_files import BundleFiles, read_bundle_files, read_object
 from .packed_models import PackedModel, read_packed_model
 from .recipes import compute_recipes
 
-# %% ../../nbs/inference/40_bundle.ipynb #cdbe34ed
+# %% ../../nbs/inference/40_bundle.ipynb #aa88e41d
 @dataclass(frozen=True, eq=False)
-class Bundle(PackedModel):
-    """A packed model with its papers; see `load_bundle`."""
-
+class _WithPapers(PackedModel):
     manifest: dict[str, Any]
     digest: str  # SHA-256 of the manifest, which names the version
     card: str  # Markdown: what it is for, how good it really is, when not to trust it
@@ -37,6 +36,13 @@ class Bundle(PackedModel):
     def columns(self) -> tuple[str, ...]:
         """What the bars of the asset that is forecast must hold; `is_filled` may be given too."""
         return self.columns_of[self.asset_id]
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+# %% ../../nbs/inference/40_bundle.ipynb #cdbe34ed
+class Bundle(_WithPapers):
+    """A packed model with its papers; see `load_bundle`."""
 
     def forecast(self, columns: Arrays | Mapping[str, Arrays], *, level: float = 0.9) -> Answer:
         """The forecast after the newest bar, from arrays, of several assets by asset; DataError on no bars."""
@@ -49,6 +55,24 @@ class Bundle(PackedModel):
     def features(self, bars: Any, *, since: str | date | None = None) -> pd.DataFrame:
         """`ts` (close) and the features, unscaled, of each bar at which all are known; of members as label/feature."""
         return _features(self, bars, since)
+
+# %% ../../nbs/inference/40_bundle.ipynb #1d9f08ee
+def _html(bundle: _WithPapers) -> str:
+    said, trained = bundle.manifest.get("evaluation"), bundle.manifest.get("trained", {})
+    verdict = said["sentence"] if said else "Nobody has evaluated this model: how good it is, is not known."
+    ahead = "1 bar" if bundle.horizon == 1 else f"{bundle.horizon} bars"
+    facts = {
+        "model": bundle.model,
+        "target": f"{bundle.target}: {bundle.manifest.get('unit', '')}".removesuffix(": "),
+        "needs": f"the newest {bundle.bars_needed:,} closed bars of {', '.join(bundle.assets)}",
+        "reads": bundle.columns,
+        "trained on": f"{trained.get('rows', 'unknown')} rows, {trained.get('first')} to {trained.get('last')}",
+        "seen until": trained.get("seen_until"),
+        "half widths of its intervals, by level": bundle.intervals,
+        "digest": bundle.digest[:12],
+    }
+    about = f"Forecasts {bundle.asset_id}, {ahead} of {bundle.timeframe} ahead."
+    return facts_html(f"Bundle {bundle.id}", facts, about=about, verdict=verdict, todo="bundle.predict(bars)")
 
 # %% ../../nbs/inference/40_bundle.ipynb #f2a7b93f
 def _forecast(bundle: Bundle, columns: Arrays | Mapping[str, Arrays], level: float) -> Answer:

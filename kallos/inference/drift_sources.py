@@ -44,7 +44,7 @@ class DriftSettings(Settings):
     @property
     def folder(self) -> Path:
         """The folder of the answers, where the service looks for them unless another is named."""
-        return self.output_path or self.bundle.absolute().parent / "drift"
+        return self.output_path or find_file(self.bundle).absolute().parent / "drift"
 
 # %% ../../nbs/inference/42c_drift_sources.ipynb #7a89f59c
 def _of_database(bundle: "Bundle", db: Any, now: pd.Timestamp, need: int) -> dict[str, pd.DataFrame]:

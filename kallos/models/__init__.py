@@ -87,7 +87,8 @@ __getattr__, __dir__, __all__ = lazy(
             "kept_by_sampler",
             "suggest",
         ),
-        "study_notes": ("MARK", "study_note", "trial_note", "write_notes"),
+        "trial_tables": ("folds_table", "trials_table"),
+        "study_notes": ("MARK", "study_note", "study_settings", "trial_note", "write_notes"),
         "trial_records": (
             "keep_results",
             "result_tables",
@@ -124,6 +125,7 @@ __getattr__, __dir__, __all__ = lazy(
         "parameters": (
             "hyperparameters_of",
             "merge_params",
+            "newest_params",
             "read_params",
             "refuse_later_end",
             "seen_by",
@@ -357,6 +359,7 @@ __getattr__, __dir__, __all__ = lazy(
             "class_table",
             "extent_table",
             "feature_table",
+            "ready_tables",
             "replacing",
             "report_text",
             "table_file",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMER_FILE', 'REPORT_FILE', 'MANIFEST_FILE', 'table_file', 'tables_folder', 'replacing', 'extent_table',
-           'class_table', 'feature_table', 'report_text', 'BuiltTables', 'write_tables', 'build_tables']
+           'class_table', 'feature_table', 'report_text', 'BuiltTables', 'write_tables', 'build_tables', 'ready_tables']
 
 # %% ../../nbs/models/21b_tables.ipynb #11d071b0
 import pickle
@@ -284,3 +284,15 @@ def build_tables(
     finally:
         engine.dispose()
     return write_tables(partition_bars(bars, settings=settings))
+
+# %% ../../nbs/models/21b_tables.ipynb #dd5d5419
+def ready_tables(
+    asset_id: str,  # as named at ingest
+    timeframe: str,  # length of a bar
+    *,
+    db: Database = None,  # as in `build_tables`
+) -> Path:
+    """The usual folder of the asset's tables, which are made with the usual settings if there are none."""
+    settings = DataSettings(asset_id=asset_id, timeframe=timeframe)
+    folder = tables_folder(settings)
+    return folder if (folder / MANIFEST_FILE).is_file() else build_tables(settings, db=db).folder

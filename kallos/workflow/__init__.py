@@ -5,6 +5,8 @@ from kallos import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "notebook_displays": ("bars_html", "hide_in", "is_bars", "show_in", "study_html"),
+        "opened_studies": ("OpenedStudy", "newest_study", "small_study"),
         "run_studies": ("ManyStores", "Studies", "has_study", "studies_of", "study_folders"),
         "preparation": (
             "Prepared",

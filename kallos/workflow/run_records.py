@@ -18,6 +18,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from ..core.config import project_root
+from ..core.displays import facts_html
 from ..core.errors import ArtifactError, ConfigError
 from ..core.runs import read_json
 from ..data.bars import to_utc
@@ -96,9 +97,7 @@ def new_folder(
 
 # %% ../../nbs/workflow/49b_run_records.ipynb #c0bd8a87
 @dataclass(frozen=True)
-class Run:
-    """The folder of a run, and what its summary and its manifest say; no manifest if it has not ended."""
-
+class _Folder:
     folder: Path
     summary: dict[str, Any]
     manifest: dict[str, Any] | None
@@ -113,11 +112,23 @@ class Run:
         """What the summary says of each part."""
         return self.summary.get("parts", {})
 
+# %% ../../nbs/workflow/49b_run_records.ipynb #aa00c3c5
+class Run(_Folder):
+    """The folder of a run, and what its summary and its manifest say; no manifest if it has not ended."""
+
     @property
     def status(self) -> str:
         """One of `kallos.data.run_index.STATUSES`."""
         told = self.summary.get("status", "running")
         return "running" if is_running(self.folder) else {"running": "interrupted"}.get(told, told)
+
+    def _repr_html_(self) -> str:
+        page = self.folder / "index.html"
+        facts = {"status": self.status, "begun": begun_at(self), "folder": self.folder}
+        facts |= {"page": page} if page.is_file() else {}
+        rows = [[name, part.get("status"), part.get("sentence")] for name, part in self.parts.items()]
+        how = {"columns": ["part", "status", "verdict"], "todo": f"kallos-run dashboard {self.run_id}"}
+        return facts_html(f"Run {self.run_id}", facts, rows=rows, **how)
 
 # %% ../../nbs/workflow/49b_run_records.ipynb #ea522467
 def begun_at(
