@@ -154,6 +154,7 @@ def explored(folder: Path, **parameters: object) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_explore_runs_without_any_data(tmp_path, monkeypatch):
     monkeypatch.setenv("KALLOS_DB_URL", f"sqlite:///{tmp_path}/none.db")
     said = explored(tmp_path)
@@ -165,6 +166,7 @@ def test_explore_runs_without_any_data(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_explore_shows_the_report_of_the_ingest(tmp_path, monkeypatch):
     days = sample_bars(start="2021-01-01", end="2023-12-31")
     days.assign(close=days["close"].where(days.index != 500, -5.0)).to_csv(tmp_path / "days.csv", index=False)
