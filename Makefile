@@ -8,9 +8,10 @@ CHECK_PYTHON = { $(PYTHON) -c '$(IS_3_11)' 2>/dev/null || { echo "kallos needs P
   "$$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }; }
 
 # Several processes of one thread each do more than one process with many threads on the same cores.
-test check soak: export OMP_NUM_THREADS := 1
+test check soak docs: export OMP_NUM_THREADS := 1
 # Hundreds of processes are started: without the compiled files each would compile kallos anew.
-test check soak: export PYTHONDONTWRITEBYTECODE :=
+test check soak docs: export PYTHONDONTWRITEBYTECODE :=
+docs: ARGS ?= --execute
 # A module's tests share what is costly to make, so one worker runs them all.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
@@ -18,7 +19,7 @@ DEMO := reports/BTC/1d
 DEMO_RUN := --model-name gru --asset-id BTC --end-date 2023-01-01 --output-path $(DEMO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak lab bench export clean python
+.PHONY: help demo test check soak lab docs bench export clean python
 
 help: ## what there is
 	@echo "make TARGET [PYTHON=/path/to/python3.11]"
@@ -48,6 +49,9 @@ soak: $(VENV) ## the long proofs at full size
 
 lab: $(VENV) ## the notebooks in JupyterLab, explore.ipynb first; ARGS='--no-browser' and the like go to it
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS) nbs/explore.ipynb
+
+docs: $(VENV) ## the documentation in build/docs; runs the tutorials before, unless given ARGS=
+	$(BIN)/python tools/docs.py $(ARGS)
 
 bench: .venv-bench/installed ## kallos against its peers, in an environment of their own
 	@for benchmark in tests/benchmarks/bench_*.py; do echo "$$benchmark"; .venv-bench/bin/python $$benchmark || exit; done

@@ -22,7 +22,8 @@ def numbered(root: Path) -> list[Path]:
 
 
 def run_notebooks(root: Path) -> list[Path]:
-    return [path for path in notebooks(root) if not NUMBERED.fullmatch(path.stem) and path.stem != "index"]
+    others = [path for path in notebooks(root) if not NUMBERED.fullmatch(path.stem) and path.stem != "index"]
+    return [path for path in others if path.parent.name != "tutorials"]
 
 
 def modules(root: Path) -> list[Path]:

@@ -34,11 +34,11 @@ def bare(root: Path, tmp_path: Path) -> Path:
 def test_make_alone_lists_the_targets(bare: Path):
     listed = make(bare)
     assert listed.returncode == 0
-    for target in ("demo", "test", "check", "soak", "lab", "bench", "export", "clean"):
+    for target in ("demo", "test", "check", "soak", "lab", "docs", "bench", "export", "clean"):
         assert re.search(rf"^  {target} +\S", listed.stdout, re.M), target
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "soak", "lab", "bench", "export"])
+@pytest.mark.parametrize("target", ["demo", "test", "check", "soak", "lab", "docs", "bench", "export"])
 def test_another_python_is_told_before_anything_is_made(target: str, bare: Path):
     python = bare / "python3.13"
     python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.13.0\nexit 1\n')
