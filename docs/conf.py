@@ -1,13 +1,15 @@
 """How the documentation looks. `tools/docs.py` lays its pages out and builds it; nothing is fetched from a network."""
 
+import re
 from configparser import ConfigParser
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
+from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
 _config = ConfigParser()
@@ -31,6 +33,7 @@ html_css_files = ["kallos.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_math_renderer = "mathml"
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 2,
@@ -43,10 +46,12 @@ html_theme_options = {
 
 def _as_mathml(node: nodes.math | nodes.math_block, *, as_block: bool) -> str:
     """The formula as browsers draw it themselves, so that no script has to be fetched."""
+    formula = re.sub(r"\\[bB]igg?(?![a-zA-Z])", "", node.astext())  # browsers find the height of a bracket themselves
     try:
-        return tex2mathml(node.astext(), as_block=as_block)
+        return tex2mathml(formula, as_block=as_block)
     except MathError as error:
-        raise ExtensionError(f"this formula cannot be drawn ({error}): {node.astext()}") from None
+        logging.getLogger(__name__).warning("this formula cannot be drawn (%s): %s", error, formula, location=node)
+        return escape(formula)
 
 
 def _visit_math(translator: HTML5Translator, node: nodes.math) -> None:

@@ -41,7 +41,9 @@ def test_no_page_takes_anything_from_a_network(site: Path):
     taken = {name for page in site.rglob("*.html") for pair in TAKEN.findall(page.read_text()) for name in pair if name}
     assert taken and not [name for name in taken if re.match(r"(\w+:)?//", name)]
     assert not [sheet.name for sheet in site.rglob("*.css") if IN_CSS.search(sheet.read_text(encoding="utf8"))]
-    assert not [page.name for page in site.rglob("*.html") if re.search(r"require\.(min\.)?js|mathjax", page.read_text(), re.I)]
+    assert not [
+        page.name for page in site.rglob("*.html") if re.search(r"require\.(min\.)?js|mathjax", page.read_text(), re.I)
+    ]
 
 
 @pytest.mark.slow

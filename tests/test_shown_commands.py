@@ -1,4 +1,4 @@
-"""Every command that the README and the notebooks show is one that there is, and the quick ones of the README are run."""
+"""Every command that the README and the notebooks show can be typed, and the quick ones of the README are run."""
 
 import os
 import re
@@ -60,8 +60,8 @@ def fault(line: str, *, whole: bool) -> str | None:
     except typer.Exit:
         return None
     except (typer.TyperException, KallosError) as error:
-        said = str(getattr(error, "message", error))
-        return None if not whole and said.startswith("Missing") else f"{type(error).__name__}: {said}"
+        said = f"{type(error).__name__}: {error.format_message() if hasattr(error, 'format_message') else error}"
+        return None if not whole and ("MissingParameter" in said or "requires an argument" in said) else said
     return None
 
 

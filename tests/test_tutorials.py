@@ -17,8 +17,8 @@ SAID = {  # what the reader must have been told at the end, beside no error
     "from_a_run_to_a_service.ipynb": ('"y_pred"', "drift left with"),
     "how_kallos_keeps_you_honest.ipynb": ("No skill", "scaler"),
     "several_machines_with_postgresql.ipynb": ("COMPLETE",),
-    "your_own_csv.ipynb": ("Volume BTC", "On the rows after", "duplicate"),
-    "your_own_feature.ipynb": ("centred_distance", "own features: close_location"),
+    "your_own_csv.ipynb": ("Volume BTC", "on the rows after", "duplicate"),
+    "your_own_feature.ipynb": ("LEAK in centred_distance", "no leak found"),
     "your_own_model.ipynb": ("elastic_net",),
     "your_own_strategy.ipynb": ("buy and hold", "by forecasts that had not been made"),
 }
@@ -26,7 +26,7 @@ SAID = {  # what the reader must have been told at the end, beside no error
 
 def run(notebook: Path, folder: Path) -> tuple[int, str, Path]:
     """What papermill left with and said, and the executed notebook; no proxy leads out of the machine."""
-    away = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    away = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     temporary = folder / "temporary"
     temporary.mkdir()
     environment = os.environ | away | {"no_proxy": "127.0.0.1,localhost", "TMPDIR": str(temporary)}

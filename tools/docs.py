@@ -1,4 +1,4 @@
-"""Builds the documentation from the notebooks, into build/docs. `--execute` runs the tutorials, so that they show what they print."""
+"""Builds the documentation in build/docs from the notebooks. `--execute` runs the tutorials, and shows what they print."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 NUMBERED = re.compile(r"\d+[a-z]?_(\w+)")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| \[", re.M)
+LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}  # which knows what a cell of bash is
 HOUSE = """# The map of the house
 
 Folders are floors. A module imports only from lower floors and from the lower numbers of its own floor, so that the
@@ -96,10 +97,27 @@ def page(path: Path, root: Path, *, executed: Path | None = None) -> dict:
         elif re.match(r"#\| *export", text):
             cell["metadata"] = {"tags": ["exported"]}
         cell["source"] = re.sub(r"\A(#\|.*\n)+", "", text)
-        cells.append(cell)
+        cells.append(tidied(cell))
     if name := NUMBERED.fullmatch(path.stem):
         cells.insert(1, note(".".join(("kallos", *path.parent.parts, name[1])), f"nbs/{path}"))
-    return notebook | {"cells": cells}
+    return notebook | {"cells": cells, "metadata": notebook["metadata"] | {"language_info": LANGUAGE}}
+
+
+def tidied(cell: dict) -> dict:
+    """The cell with each stretch of its printed text in one piece, and without the progress that was written over."""
+    outputs = []
+    for output in cell.get("outputs", []):
+        text = "".join(output.get("text", ""))
+        if output["output_type"] != "stream":
+            outputs.append(output)
+        elif outputs and outputs[-1]["output_type"] == "stream":
+            outputs[-1]["text"] += text
+        elif "TqdmWarning" not in text:  # which is about a widget that nobody asked for
+            outputs.append(output | {"name": "stdout", "text": text})
+    for output in outputs:
+        if output["output_type"] == "stream":
+            output["text"] = re.sub(r"[^\n]*\r(?!\n)|^ *\d+%\|.*\n", "", output["text"], flags=re.M)
+    return cell | ({"outputs": outputs} if "outputs" in cell else {})
 
 
 def note(module: str, notebook: str) -> dict:
