@@ -1,4 +1,4 @@
-"""Builds the documentation in build/docs from the notebooks. `--execute` runs the tutorials, and shows what they print."""
+"""Builds the documentation in build/docs from the notebooks. `--execute` runs the tutorials before."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def source(cell: dict) -> str:
 def heading(path: Path) -> tuple[str, str]:
     """The title of a notebook, and what the quoted line under it says, if there is one."""
     text = "\n".join(source(cell) for cell in cells_of(path) if cell["cell_type"] == "markdown")
-    found = re.search(r"^# (.+)\n+(?:> (.+))?", text)
+    found = re.search(r"^# (.+)(?:\n+> (.+))?", text)
     if found is None:
         raise SystemExit(f"{path} does not begin with a heading of the first level")
     return found[1], found[2] or ""
