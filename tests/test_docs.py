@@ -49,7 +49,7 @@ def test_no_page_takes_anything_from_a_network(site: Path):
 @pytest.mark.slow
 def test_a_page_shows_its_module_code_and_formulas(site: Path):
     text = (site / "data/11a_sample.html").read_text(encoding="utf8")
-    assert "kallos.data.sample" in text and "<math" in text and "tag_exported" in text
+    assert "kallos.data.sample" in text and ">sample_bars</span>" in text and "<math" in text and "tag_exported" in text
     assert "#| export" not in text and "default_exp" not in text
 
 
@@ -73,7 +73,9 @@ def small(tmp_path: Path) -> Path:
     write(root / "nbs/core/00_errors.ipynb", "# Errors\n\n> What can go wrong: $x^2$.", "#| export\na = 1")
     write(root / "nbs/tutorials/first.ipynb", "# First\n\n> The first.")
     (root / "nbs/images").mkdir()
-    (root / "kallos").mkdir()
+    (root / "kallos/core").mkdir(parents=True)
+    for module in ("errors", "faults", *(f"fault_{number}" for number in range(10, 15))):
+        (root / f"kallos/core/{module}.py").write_text("__all__ = ['a']\n")
     return root
 
 
@@ -101,7 +103,7 @@ FAULTS = {
 @pytest.mark.slow
 def test_what_leads_nowhere_fails_the_build(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture):
     for number, (text, _) in enumerate(FAULTS.values(), 10):
-        write(small / f"nbs/core/{number}_fault.ipynb", text)
+        write(small / f"nbs/core/{number}_fault_{number}.ipynb", text)
     with pytest.raises(SystemExit, match="not sound"):
         docs.build(small, tmp_path / "docs")
     lines = capfd.readouterr().err.splitlines()

@@ -1,6 +1,7 @@
 """Builds the documentation in build/docs from the notebooks. `--execute` runs the tutorials before."""
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -99,7 +100,7 @@ def page(path: Path, root: Path, *, executed: Path | None = None) -> dict:
         cell["source"] = re.sub(r"\A(#\|.*\n)+", "", text)
         cells.append(tidied(cell))
     if name := NUMBERED.fullmatch(path.stem):
-        cells.insert(1, note(".".join(("kallos", *path.parent.parts, name[1])), f"nbs/{path}"))
+        cells.insert(1, note(path, root / "kallos" / path.parent / f"{name[1]}.py", root))
     return notebook | {"cells": cells, "metadata": notebook["metadata"] | {"language_info": LANGUAGE}}
 
 
@@ -120,9 +121,12 @@ def tidied(cell: dict) -> dict:
     return cell | ({"outputs": outputs} if "outputs" in cell else {})
 
 
-def note(module: str, notebook: str) -> dict:
-    """A cell that says which module the page is of."""
-    text = f"```{{admonition}} {module}\nThis page is `{notebook}`, the source of the module `{module}`.\n```"
+def note(path: Path, module: Path, root: Path) -> dict:
+    """A cell that says which module the page is of, and what is public in it."""
+    dotted = ".".join(module.relative_to(root).with_suffix("").parts)
+    found = re.search(r"^__all__ = (\[.*?\])", module.read_text(encoding="utf8"), re.M | re.S)
+    names = ", ".join(f"`{name}`" for name in ast.literal_eval(found[1])) if found else "nothing"
+    text = f"```{{admonition}} {dotted}\nMade from `nbs/{path}`, which is this page. Public: {names}.\n```"
     return {"cell_type": "markdown", "id": "the-module", "metadata": {}, "source": text}
 
 
