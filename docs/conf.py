@@ -60,7 +60,7 @@ def _visit_math(translator: HTML5Translator, node: nodes.math) -> None:
 
 
 def _visit_math_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{_as_mathml(node, as_block=True)}</div>')
+    translator.body.append(f'<div class="formula">{_as_mathml(node, as_block=True)}</div>')
     raise nodes.SkipNode
 
 

@@ -88,6 +88,28 @@ def test_a_command_that_cannot_be_typed_is_found_out(line: str):
 
 
 QUICK = ("ingest", "features", "doctor", "config", "data")
+ELSEWHERE = {  # command -> the file of tests that runs it in a process of its own, with smaller numbers
+    "all": "test_pipeline",
+    "cpcv": "test_cross_validation",
+    "ensemble": "test_ensembles",
+    "fetch": "test_data_floor",
+    "preflight": "test_preflight",
+    "reproduce": "test_run_records",
+    "runs": "test_run_records",
+    "serve": "service",
+    "walk-forward": "test_cross_validation",
+}
+
+
+def test_every_command_of_the_readme_is_run_by_a_test():
+    cells = [house.source(cell) for path in house.notebooks(ROOT) for cell in house.cells(path, "code")]
+    in_tutorials = {
+        name for cell in cells if cell.startswith("%%bash") for name in re.findall("kallos-run ([a-z-]+)", cell)
+    }
+    shown = {line.split()[1] for line in fenced(pages()["README.md"])}
+    assert shown <= {*QUICK, *ELSEWHERE} | in_tutorials
+    for name, file in ELSEWHERE.items():
+        assert f'"{name}"' in (ROOT / "tests" / f"{file}.py").read_text(encoding="utf8"), name
 
 
 @pytest.mark.slow
