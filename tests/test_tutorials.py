@@ -33,7 +33,7 @@ def run(notebook: Path, folder: Path) -> tuple[int, str, Path]:
     output, work = folder / "executed.ipynb", folder / "work"
     work.mkdir()
     line = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", "--no-progress-bar"]
-    done = subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, timeout=560, check=False)
     return done.returncode, done.stdout + done.stderr, output
 
 
@@ -46,6 +46,7 @@ def told(executed: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_a_tutorial_runs_from_top_to_bottom(name: str, root: Path, tmp_path: Path, request: pytest.FixtureRequest):
     if "postgresql" in name:
