@@ -47,6 +47,9 @@ def fault(line: str, *, whole: bool) -> str | None:
     """What the command line would say to it before anything runs; of a mention, options may be left out."""
     words, command = shlex.split(line, comments=True)[1:], typer.main.get_command(app)
     parent, name = None, "kallos-run"
+    if words and words[0].startswith("--"):  # which would act at once, as --install-completion does
+        known = {"--help", *(name for one in command.params for name in one.opts)}
+        return None if words[0] in known else f"no option {words[0]}"
     try:
         while hasattr(command, "commands"):
             context = command.make_context(name, [*words], parent=parent, resilient_parsing=not words)
@@ -77,6 +80,7 @@ def test_a_command_that_is_shown_can_be_typed(line: str, page: str, whole: bool)
         "kallos-run tune --asset-id BTC --n-trails 3",
         "kallos-run features --timeframe 1d",
         "kallos-run runs lst",
+        "kallos-run --instal-completion",
         "kallos-run evaluate --asset-id BTC --n-jobs many",
     ],
 )
@@ -91,6 +95,7 @@ QUICK = ("ingest", "features", "doctor", "config", "data")
 ELSEWHERE = {  # command -> the file of tests that runs it in a process of its own, with smaller numbers
     "all": "test_pipeline",
     "cpcv": "test_cross_validation",
+    "cv": "test_cross_validation",
     "ensemble": "test_ensembles",
     "fetch": "test_data_floor",
     "preflight": "test_preflight",
