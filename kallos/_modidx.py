@@ -1200,6 +1200,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                              'kallos/evaluation/backtest_runs.py'),
                                                  'kallos.evaluation.backtest_runs._made': ( 'evaluation/backtest_runs.html#_made',
                                                                                             'kallos/evaluation/backtest_runs.py'),
+                                                 'kallos.evaluation.backtest_runs._moments_to_ask': ( 'evaluation/backtest_runs.html#_moments_to_ask',
+                                                                                                      'kallos/evaluation/backtest_runs.py'),
                                                  'kallos.evaluation.backtest_runs._nothing': ( 'evaluation/backtest_runs.html#_nothing',
                                                                                                'kallos/evaluation/backtest_runs.py'),
                                                  'kallos.evaluation.backtest_runs._orders': ( 'evaluation/backtest_runs.html#_orders',

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from filelock import FileLock
 
@@ -24,6 +25,12 @@ LABELLED = {  # what a run forecasts -> its settings beside those of the showcas
     "return": {"labels": {"target_col": "return", "horizon": 3, "volatility_window": 30}},
 }
 NUMBERS = ("optuna_best.json", "metrics_test.json", "preds_test.parquet", "trades.csv", "equity.csv")
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """The folder that all processes of this test session share, and no other session."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def environment(folder: Path) -> dict[str, str]:

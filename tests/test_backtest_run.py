@@ -231,13 +231,25 @@ def test_orders_that_are_too_small_are_counted_and_nothing_breaks(house, seer):
     assert "orders was filled" in run.sentence and any("were refused" in note for note in run.figures["notes"])
 
 
-def test_a_strategy_that_reads_the_next_row_is_refused(house, seer):
+@pytest.mark.parametrize("every_row", [True, False])
+@pytest.mark.parametrize("share", [0.5, 0.98])
+def test_a_strategy_that_reads_the_next_row_is_refused_however_seldom_it_acts(house, seer, share, every_row):
     def peek(forecasts: pd.DataFrame) -> pd.DataFrame:
-        rises = forecasts["close_at_ts"].shift(-1) > forecasts["close_at_ts"]
-        return forecasts[["ts", "asset_id"]].assign(kind="market", unit="fraction", size=rises.astype(float))
+        rise = forecasts["close_at_ts"].shift(-1) / forecasts["close_at_ts"]
+        buys = forecasts[["ts", "asset_id"]].assign(kind="market", unit="fraction", size=(rise > limit).astype(float))
+        return buys if every_row else buys[buys["size"] > 0]
 
+    limit = (seer["close_at_ts"].shift(-1) / seer["close_at_ts"]).quantile(share)
     with pytest.raises(KallosError, match="decides by forecasts that had not been made"):
         run_backtest(stated(house, seer, "peek"), db=url_of(house), strategy=peek)
+
+
+def test_a_strategy_that_reads_the_past_alone_is_let_through(house, seer):
+    def follow(forecasts: pd.DataFrame) -> pd.DataFrame:
+        rises = forecasts["close_at_ts"] > forecasts["close_at_ts"].rolling(5).mean()
+        return forecasts[["ts", "asset_id"]].assign(kind="market", unit="fraction", size=rises.astype(float))
+
+    assert len(run_backtest(stated(house, seer, "follow"), db=url_of(house), strategy=follow).result.trades)
 
 
 def test_every_version_of_ones_own_strategy_is_a_look(house, seer):

@@ -39,13 +39,13 @@ PRICED = ("open", "high", "low", "close", "quote_asset_volume", "taker_buy_quote
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
     """A finished run of one part, shared by all test processes."""
-    return p.finished_run(tmp_path_factory.getbasetemp().parent / "pipeline", PARTS)
+    return p.finished_run(p.shared(tmp_path_factory) / "pipeline", PARTS)
 
 
 @pytest.fixture(scope="session")
 def both(tmp_path_factory) -> Path:
     """A finished run of both parts of the showcase."""
-    return p.finished_run(tmp_path_factory.getbasetemp().parent / "both", ("12h", "1d"))
+    return p.finished_run(p.shared(tmp_path_factory) / "both", ("12h", "1d"))
 
 
 def test_a_run_leaves_all_that_it_owes(whole):
@@ -120,7 +120,7 @@ def test_a_finished_run_that_is_resumed_keeps_everything_though_the_market_goes_
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory) -> Path:
     """A finished run of one part that forecasts classes."""
-    return p.labelled_run(tmp_path_factory.getbasetemp().parent / "labelled", "label")
+    return p.labelled_run(p.shared(tmp_path_factory) / "labelled", "label")
 
 
 def whole_and_judged_as_trained(run: Path, target: str) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 import pandas as pd
 
+# %% ../../nbs/evaluation/39_backtest_runs.ipynb #5a1f0c32
 from ..core.columns import bars_per_year
 from ..core.config import as_parameters
 from ..core.errors import DataError
@@ -52,13 +54,24 @@ def _trade(forecasts: pd.DataFrame, traded: Traded, strategy: Strategy, account:
     return play_on(stage, orders, account)
 
 # %% ../../nbs/evaluation/39_backtest_runs.ipynb #657701fc
-_CUTS = (0.25, 0.5, 0.75)  # shares of the moments at which it is asked again
+_CUTS = 12  # moments of each kind at which it is asked again
 
 
+def _moments_to_ask(orders: pd.DataFrame, rows: pd.DataFrame) -> list[pd.Timestamp]:
+    times, found = rows["ts"].drop_duplicates().sort_values(), set()
+    last = orders.groupby(["ts", "asset_id"], as_index=False)["size"].last()
+    sizes = rows[["ts", "asset_id"]].sort_values("ts").merge(last, how="left").fillna({"size": -9.0})  # -9: no order
+    turns = sizes["ts"][sizes.groupby("asset_id")["size"].diff().ne(0)].drop_duplicates()
+    for kind in (times, turns):
+        late = pd.DatetimeIndex(kind[kind >= times.iloc[len(times) // 10]])
+        found |= {*late[np.linspace(0, len(late) - 1, _CUTS).round().astype(int)]} if len(late) else set()
+    return sorted(found)
+
+# %% ../../nbs/evaluation/39_backtest_runs.ipynb #5a1f0c31
 def _refuse_foresight(strategy: Strategy, forecasts: pd.DataFrame) -> None:
-    moments, known = forecasts["ts"].drop_duplicates().sort_values(), hide_outcomes(forecasts)
+    known = hide_outcomes(forecasts)
     whole = check_orders(strategy(known))
-    for moment in (moments.iloc[int(share * len(moments))] for share in _CUTS):
+    for moment in _moments_to_ask(whole, known):
         again = check_orders(strategy(known[known["ts"] <= moment]))
         then, now = (one[one["ts"] <= moment].reset_index(drop=True) for one in (whole, again))
         if not then.equals(now[then.columns] if {*then} <= {*now} else now):
