@@ -17,11 +17,12 @@ import joblib
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/evaluation/39_backtest_runs.ipynb #5a1f0c32
 from ..core.columns import bars_per_year
 from ..core.config import as_parameters
 from ..core.errors import DataError
 from ..core.runs import derive_seed, fingerprint, write_manifest
+
+# %% ../../nbs/evaluation/39_backtest_runs.ipynb #5a1f0c32
 from .backtest_files import write_backtest
 from kallos.evaluation.backtest_settings import (
     BacktestSettings,
@@ -32,8 +33,6 @@ from kallos.evaluation.backtest_settings import (
     strategy_of,
 )
 from .charges import Charge, Looks, charge_of, record_backtest
-
-# %% ../../nbs/evaluation/39_backtest_runs.ipynb #e6244722
 from .heat_maps import default_grid, sensitivity_figures
 from .performance import equity_curve, figures_of_merit
 from .sensitivity import BreakEven, break_even_cost, round_trip_cost, sensitivity_table
