@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -42,6 +43,21 @@ def root() -> Path:
 def _nothing_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KALLOS_DB_URL", "KALLOS_OWN_FEATURES"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs a command line in this process: its exit code, and what stands on each stream."""
+    from kallos import main as command_line
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kallos-run", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            command_line.main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out, said.err
+
+    return run
 
 
 class PostgresProcess:

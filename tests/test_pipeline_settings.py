@@ -2,14 +2,12 @@
 
 import json
 import pickle
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
-from kallos import main as command_line
 from kallos.core.config import TrainSettings, TuneSettings, as_parameters
 from kallos.core.errors import ConfigError
 from kallos.evaluation.backtest_settings import BacktestSettings
@@ -358,19 +356,10 @@ def test_the_file_names_every_setting_below_its_section():
 
 
 @pytest.fixture
-def kallos_run(monkeypatch, tmp_path, capsys):
-    """A function that runs a command line in this process: its exit code, and what it said on either stream."""
+def kallos_run(typed, monkeypatch, tmp_path):
+    """A command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("KALLOS_DB_URL", raising=False)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kallos-run", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            command_line.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    return run
+    return typed
 
 
 def test_the_command_writes_checks_and_lists(kallos_run, tmp_path):

@@ -146,18 +146,10 @@ def _clean() -> dict[str, str]:
 
 
 @pytest.fixture
-def typed(place, monkeypatch, capsys):
-    """A function that runs a command line in this process: its exit code, and what stands on each stream."""
+def typed(typed, place, monkeypatch):
+    """A command line in the place."""
     monkeypatch.chdir(place)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kallos-run", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            command_line.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    return run
+    return typed
 
 
 # what is typed, and what the JSON has and text says of the same thing

@@ -120,7 +120,7 @@ __getattr__, __dir__, __all__ = lazy(
             "wilson_interval",
         ),
         "displays": ("fact_text", "facts_html"),
-        "newest_files": ("newest_file",),
+        "newest_files": ("SHOWCASE", "newest_file"),
         "market_plots": ("plot_label_spans", "plot_marked_bars"),
         "feature_plots": ("plot_features",),
         "study_plots": ("MOST_TRIALS", "plot_trial_folds"),

@@ -23,10 +23,6 @@ def _window(bars: pd.DataFrame, forecasts: pd.DataFrame) -> pd.DataFrame:
     last = bars["ts"].searchsorted(forecasts["ts"].max() + int(forecasts["horizon"].iloc[0]) * length)
     return bars.iloc[first : last + 1].reset_index(drop=True)
 
-
-def _curve(result: Backtest) -> pd.Series:
-    return equity_curve(result.equity, timeframe=result.timeframe, capital=result.capital)
-
 # %% ../../nbs/evaluation/39b_quick_backtests.ipynb #5f2c3993
 def quick_backtest(
     forecasts: pd.DataFrame,  # a Forecasts table of one asset, model, horizon and target
@@ -44,4 +40,5 @@ def quick_backtest(
         simulate({asset: window}, close_at_end(given, rows, {asset: window}), account, timeframe=timeframe)
         for given in (orders, buy_and_hold(rows))
     ]
-    return results[0], dict(zip(("strategy", "buy and hold"), map(_curve, results), strict=True))
+    curves = [equity_curve(one.equity, timeframe=timeframe, capital=account.capital) for one in results]
+    return results[0], dict(zip(("strategy", "buy and hold"), curves, strict=True))

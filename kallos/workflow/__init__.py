@@ -179,7 +179,6 @@ __getattr__, __dir__, __all__ = lazy(
         ),
         "pruning": (
             "Pruned",
-            "SHOWCASE",
             "gone_runs",
             "prune_runs",
         ),

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ..core.columns import timeframe_delta
 from ..core.config import TuneSettings
 from ..core.errors import ArtifactError, ConfigError
+from ..core.newest_files import SHOWCASE
 from ..data.features import compute_features
 from ..models.datasets import add_target
 
@@ -30,7 +31,6 @@ from ..models.storages import JOURNAL, folder_storage
 from ..models.studies import download_table, open_study
 from ..models.tuner import objective
 from ..models.validation import prepare_fold
-from .pruning import SHOWCASE
 
 # %% ../../nbs/workflow/56b_opened_studies.ipynb #edeeed58
 @dataclass(frozen=True)
